@@ -1,0 +1,126 @@
+"""A checkpoint: a file with everything that a run needs to go on, written whole or not at all.
+
+A dict with nanoGPT's keys (model, optimizer, model_args, iter_num, best_val_loss, config) and ours beside them:
+scaler (the GradScaler's state) and meta (the data set's). Tensors and plain Python values only, so that it can be
+read without running any code that it might hold.
+"""
+import os
+import shutil
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+
+from dataset import atomic_write, load_meta
+from model import GPT, GPTConfig
+from runtime import UserError
+
+NANOGPT_ARGS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
+
+
+def model_args(config: GPTConfig) -> dict:
+    """What a checkpoint says of the model: nanoGPT's keys, and ours only where they are not at their default."""
+    defaults = {field.name: field.default for field in fields(GPTConfig)}
+    return {key: value for key, value in asdict(config).items() if key in NANOGPT_ARGS or value != defaults[key]}
+
+
+def save(out_dir, state: dict, is_best: bool):
+    """Write state to out_dir/last.pt; with is_best to ckpt.pt too, as a hard link where the file system has them."""
+    last, best = Path(out_dir) / 'last.pt', Path(out_dir) / 'ckpt.pt'
+    with atomic_write(last) as file:
+        torch.save(state, file)
+    if is_best:
+        link = best.with_name('ckpt.pt.tmp')
+        link.unlink(missing_ok=True)
+        try:
+            os.link(last, link)
+        except OSError:
+            shutil.copyfile(last, link)
+        os.replace(link, best)
+
+
+def load(path) -> dict:
+    """Read a checkpoint, ours or nanoGPT's, to the CPU, running none of its code. Raises UserError for a bad one."""
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:  # damaged files raise almost anything
+        raise UserError(f"{path} can't be read as a checkpoint: {str(error).splitlines()[0]}") from error
+    missing = [key for key in ('model', 'model_args') if not isinstance(state, dict) or key not in state]
+    if missing:
+        raise UserError(f"{path} is no checkpoint of a GPT: it lacks {' and '.join(missing)}")
+    return state
+
+
+def find(out_dir, names) -> Path:
+    """The first of the files `names` in out_dir. Raises UserError if there is none."""
+    for name in names:
+        if (Path(out_dir) / name).exists():
+            return Path(out_dir) / name
+    raise UserError(f"no {' or '.join(names)} in {out_dir}: train a model with --out_dir={out_dir} first")
+
+
+def build_model(state: dict, **overrides) -> GPT:
+    """The model of a checkpoint, on the CPU. overrides: fields of its GPTConfig to set otherwise, such as dropout."""
+    unknown = state['model_args'].keys() - {field.name for field in fields(GPTConfig)}
+    if unknown:
+        raise UserError(f"the checkpoint's model has settings that this code does not know: {', '.join(sorted(unknown))}")
+    try:
+        model = GPT(GPTConfig(**state['model_args'] | overrides))
+        # '_orig_mod.' comes from a compiled model, 'attn.bias' (a causal mask) from nanoGPT's oldest ones
+        weights = {key.removeprefix('_orig_mod.'): value for key, value in state['model'].items()}
+        model.load_state_dict({key: value for key, value in weights.items() if not key.endswith('.attn.bias')})
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"the checkpoint's weights don't fit its model_args: {' '.join(str(error).split())}") from error
+    return model
+
+
+def load_for_sampling(out_dir) -> tuple[GPT, dict, Path]:
+    """The model in out_dir's ckpt.pt, else last.pt, in eval mode; the checkpoint; and the file that it came from."""
+    path = find(out_dir, ('ckpt.pt', 'last.pt'))
+    state = load(path)
+    return build_model(state).eval(), state, path
+
+
+def data_meta(state: dict):
+    """The meta of the data that a checkpoint was trained on: its own, else (in nanoGPT's files) that of the folder."""
+    if 'meta' in state:
+        return state['meta']
+    return load_meta(Path('data') / state.get('config', {}).get('dataset', ''))
+
+
+def load_optimizer(optimizer, state: dict):
+    """Give a fresh optimizer the checkpoint's moments, and keep its own hyperparameters. Raises UserError."""
+    try:
+        groups = [{**fresh, 'params': saved['params']}
+                  for fresh, saved in zip(optimizer.param_groups, state['optimizer']['param_groups'], strict=True)]
+        optimizer.load_state_dict({'state': state['optimizer']['state'], 'param_groups': groups})
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f"the checkpoint's optimizer state doesn't fit its model: {error!r}") from error
+
+
+def crop_block_size(model: GPT, optimizer, block_size: int):
+    """Keep the first block_size positions of the model and of the optimizer's moments."""
+    model.crop_block_size(block_size)
+    if not model.config.use_alibi:
+        moments = optimizer.state[model.transformer.wpe.weight]
+        for key in moments.keys() & {'exp_avg', 'exp_avg_sq'}:
+            moments[key] = moments[key][:block_size].clone()
+
+
+def set_aside(out_dir):
+    """Move what an earlier run left in out_dir to out_dir/previous/, over what was there.
+
+    Traces of a run that never saved a checkpoint are just removed, so that they push nothing out of previous/.
+    """
+    out_dir = Path(out_dir)
+    files = [out_dir / name for name in ('last.pt', 'ckpt.pt', 'metrics.jsonl', 'loss.png')]
+    previous = out_dir / 'previous'
+    worth_keeping = files[0].exists() or files[1].exists()
+    if worth_keeping:
+        shutil.rmtree(previous, ignore_errors=True)
+        previous.mkdir()
+    for file in filter(Path.exists, files):
+        if worth_keeping:
+            os.replace(file, previous / file.name)
+        else:
+            file.unlink()

@@ -1,0 +1,114 @@
+"""Override a script's settings from the command line: config files and --key=value, in the order given.
+
+    python train.py config/train_shakespeare_char.py --batch_size=32 --compile False
+
+Each script executes this file in its own namespace, once its settings and their `setting_names` stand:
+
+    if __name__ == '__main__':
+        exec(Path(__file__).with_name('configurator.py').read_text(encoding='utf-8'))
+
+A setting takes the type of its default. An int will do for a float, and True or False for a default of 'auto';
+a str takes the text as typed. A config file is Python: it sees the settings as they stand and assigns to them.
+Whatever does not fit is told in one line, and ends the script with exit status 1.
+"""
+import ast
+import builtins
+import difflib
+import math
+import re
+import sys
+import types
+from pathlib import Path
+
+
+class ConfigError(Exception):
+    """A mistake in a config file or on the command line, told in one line."""
+
+
+def check_key(key, settings):
+    if key not in settings:
+        near = difflib.get_close_matches(key, settings, n=1, cutoff=0.5)
+        raise ConfigError(f"unknown setting {key!r}" + (f": did you mean {near[0]!r}?" if near else "; see --help"))
+
+
+def check_type(key, value, default):
+    """The value as a setting of default's type; raises ConfigError."""
+    wanted = type(default)
+    if type(value) is wanted or (default == 'auto' and isinstance(value, bool)):
+        return value
+    if wanted is float and isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e308:
+        return float(value)
+    raise ConfigError(f"{key} takes a value of type {wanted.__name__}, such as {default!r}, not {value!r}")
+
+
+def parse_value(key, text, default):
+    """The text of --key=text as a setting of default's type; raises ConfigError."""
+    if text in ('True', 'False') and (isinstance(default, bool) or default == 'auto'):
+        return text == 'True'
+    try:
+        if type(default) in (int, float) and math.isfinite(float(text)):
+            return type(default)(text)
+    except ValueError:
+        pass
+    return check_type(key, text, default)
+
+
+def run_config_file(path, settings, defaults, skip_unknown=False):
+    """The settings as a config file leaves them, checked. It runs on a copy of them. Raises ConfigError."""
+    if not Path(path).is_file():
+        raise ConfigError(f"no config file {path}")
+    names = dict(settings)
+    try:
+        exec(builtins.compile(Path(path).read_text(encoding='utf-8'), path, 'exec'), names)
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"config file {path} failed: {type(error).__name__}: {error}") from error
+    assigned = {key: value for key, value in names.items()
+                if key not in settings and not key.startswith('_')
+                and not isinstance(value, (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type))}
+    if skip_unknown and assigned:
+        print(f"{path}: skipping {', '.join(assigned)}, no settings of this script")
+    elif assigned:
+        check_key(next(iter(assigned)), settings)
+    return {key: check_type(key, names.get(key), defaults[key]) for key in settings}
+
+
+def configure(arguments, defaults, skip_unknown=False):
+    """The settings, a dict by name: their defaults, overridden by command line arguments. Raises ConfigError.
+
+    skip_unknown: pass over what a config file sets and this script does not have, with a note.
+    """
+    settings = dict(defaults)
+    arguments = list(arguments)
+    while arguments:
+        argument = arguments.pop(0)
+        if not argument.startswith('--'):
+            if not argument.endswith('.py'):
+                raise ConfigError(f"what is {argument!r}? Settings are --key=value, config files end in .py")
+            settings = run_config_file(argument, settings, defaults, skip_unknown)
+            continue
+        key, equals, text = argument[2:].partition('=')
+        check_key(key, settings)
+        if not equals:
+            if not arguments or arguments[0].startswith('--'):
+                raise ConfigError(f"--{key} needs a value: --{key}={settings[key]}")
+            text = arguments.pop(0)
+        settings[key] = parse_value(key, text, defaults[key])
+    return settings
+
+
+def help_text(source, settings):
+    """The script's docstring and its settings, each with the default and the comment behind it in the source."""
+    comments = dict(re.findall(r'^(\w+) *=[^#\n]*# *(.*)$', source, flags=re.MULTILINE))
+    lines = [f"  --{key}={value!r}".ljust(44) + ' ' + comments.get(key, '') for key, value in settings.items()]
+    return '\n'.join([ast.get_docstring(ast.parse(source)), '', "Settings, with their defaults:", *(line.rstrip() for line in lines)])
+
+
+if __name__ == '__main__':  # executed by a script, in its namespace; imported for a test this file only defines
+    script, script_settings = Path(__file__), {key: globals()[key] for key in setting_names}
+    if '--help' in sys.argv or '-h' in sys.argv:
+        print(help_text(script.read_text(encoding='utf-8'), script_settings))
+        sys.exit()
+    try:
+        globals().update(configure(sys.argv[1:], script_settings, skip_unknown=script.name != 'train.py'))
+    except ConfigError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,17 @@
+"""Make a character-level data set of Python's language reference, which every CPython carries: needs no network.
+
+    python data/pydocs_char/prepare.py
+
+Writes train.bin, val.bin and meta.pkl into this folder. The text differs a little between Python versions.
+"""
+import sys
+from pathlib import Path
+from pydoc_data.topics import topics
+
+here = Path(__file__).resolve().parent
+sys.path.insert(0, str(here.parents[1]))
+from dataset import write_char_dataset  # noqa: E402
+
+
+if __name__ == '__main__':
+    write_char_dataset(here, '\n'.join(topics[name] for name in sorted(topics)))

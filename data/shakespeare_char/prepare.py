@@ -1,0 +1,68 @@
+"""Make the character-level tiny Shakespeare data set (Karpathy's char-rnn): 1,115,394 characters, 65 different ones.
+
+    python data/shakespeare_char/prepare.py                      takes input.txt in this folder, or downloads it
+    python data/shakespeare_char/prepare.py --input FILE         takes the text from FILE
+
+Writes train.bin (1,003,854 tokens), val.bin (111,540) and meta.pkl into this folder.
+"""
+import argparse
+import hashlib
+import sys
+import urllib.request
+from pathlib import Path
+
+here = Path(__file__).resolve().parent
+sys.path.insert(0, str(here.parents[1]))
+from dataset import atomic_write, write_char_dataset  # noqa: E402
+
+URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
+SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
+
+
+def check(content: bytes, source):
+    """End with a clear line unless this is tiny Shakespeare, to the byte."""
+    found = hashlib.sha256(content).hexdigest()
+    if found != SHA256:
+        sys.exit(f"error: {source} is not tiny Shakespeare: {len(content):,} bytes with sha256 {found}, "
+                 f"but it should be 1,115,394 bytes with {SHA256}")
+
+
+def download(url, timeout) -> bytes:
+    """The content behind url, with a progress bar. Raises OSError: no network, a status that is an error, time-out."""
+    from tqdm import tqdm
+    with urllib.request.urlopen(url, timeout=timeout) as response:
+        content = bytearray()
+        with tqdm(total=int(response.headers.get('Content-Length', 0)), unit='B', unit_scale=True, desc='input.txt') as bar:
+            while chunk := response.read(1 << 16):
+                content += chunk
+                bar.update(len(chunk))
+    return bytes(content)
+
+
+def prepare(input_file, url, timeout):
+    source = Path(input_file) if input_file else here / 'input.txt'
+    if source.exists():
+        content = source.read_bytes()
+        check(content, source)
+    elif input_file:
+        sys.exit(f"error: no file {input_file}")
+    else:
+        print(f"downloading {url}")
+        try:
+            content = download(url, timeout)
+        except (OSError, ValueError) as error:
+            sys.exit(f"error: the download failed ({error}). Fetch {url} elsewhere and put it at {source}, "
+                     "or use the offline set: python data/pydocs_char/prepare.py")
+        check(content, url)
+        with atomic_write(source) as file:
+            file.write(content)
+    write_char_dataset(here, content.decode('utf-8'))
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--input', metavar='FILE', help="take the text from FILE")
+    parser.add_argument('--url', default=URL, help="download the text from here instead")
+    parser.add_argument('--timeout', type=float, default=60, help="seconds to wait for the server (default 60)")
+    arguments = parser.parse_args()
+    prepare(arguments.input, arguments.url, arguments.timeout)

@@ -1,0 +1,290 @@
+"""GPT in one file: the model, its key/value cache and generation.
+
+A decoder-only transformer as GPT-2 (Radford et al. 2019), with nanoGPT's parameter names, and optionally
+ALiBi (Press et al. 2022, arXiv 2108.12409) in place of position embeddings.
+
+Letters in the comments on shapes: B sequences in the batch, T tokens that go in, S tokens that are attended to
+(S > T when a cache holds earlier ones), C channels (n_embd), H heads, D = C / H, V vocabulary.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class GPTConfig:
+    """Sizes and switches of a GPT. Raises ValueError where they do not fit together."""
+    block_size: int = 1024
+    vocab_size: int = 50304  # GPT-2's 50257, padded to a multiple of 64 for speed
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True        # in Linear and LayerNorm, as GPT-2; False is a bit better and faster
+    use_alibi: bool = False  # linear attention biases, no position embeddings
+
+    def __post_init__(self):
+        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd must be a multiple of n_head, got n_embd={self.n_embd}, n_head={self.n_head}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# ALiBi
+
+def alibi_slopes(n_head: int) -> torch.Tensor:
+    """The slope of each head's linear bias, (n_head,) float32, all in (0, 1).
+
+    With n_head a power of two the slopes are 2^(-8/n), 2^(-16/n), ... 2^-8. For other counts the heads beyond the
+    largest power of two take every other slope of the sequence for twice that power, as the authors' code does
+    (Press et al. 2022). Raises ValueError for n_head < 1.
+    """
+    if n_head < 1:
+        raise ValueError(f"n_head must be at least 1, got {n_head}")
+    c = 2 ** int(math.log2(n_head))  # the largest power of two that fits
+    exponents = [-8 * (h + 1) / c for h in range(c)] + [-4 * (2 * e + 1) / c for e in range(n_head - c)]
+    return torch.tensor([2.0 ** x for x in exponents], dtype=torch.float32)
+
+
+def alibi_bias(slopes: torch.Tensor, T: int, S: int) -> torch.Tensor:
+    """What is added to the attention scores of the last T of S tokens: (1, H, T, S) float32.
+
+    Entry (i, j) is -slope_h * (i - j) where key j is not after query i, else -inf (i, j: positions among the S).
+    """
+    i = torch.arange(S - T, S, device=slopes.device)[:, None]       # (T, 1)
+    j = torch.arange(S, device=slopes.device)[None, :]              # (1, S)
+    bias = slopes.view(1, -1, 1, 1) * (j - i)                       # (1, H, T, S)
+    return bias.masked_fill(j > i, float('-inf'))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# the transformer
+
+class KVCache:
+    """Keys and values of the tokens seen so far, per layer (2, B, H, capacity, D), allocated once.
+
+    `length` tokens of it are filled. GPT.forward writes the new tokens behind them and then advances `length`.
+    """
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self.length = 0
+        self.layers = []
+
+    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor):
+        """Store k and v (B, H, T, D) of the new tokens; return those of all S tokens so far, (B, H, S, D)."""
+        B, H, T, D = k.shape
+        S = self.length + T
+        if S > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} tokens, got {S}")
+        if layer == len(self.layers):
+            self.layers.append(k.new_empty(2, B, H, self.capacity, D))
+        keys, values = self.layers[layer]
+        keys[:, :, self.length:S] = k
+        values[:, :, self.length:S] = v
+        return keys[:, :, :S], values[:, :, :S]
+
+
+class CausalSelfAttention(nn.Module):
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, mask=None, cache=None, layer=0):
+        """x (B, T, C) -> (B, T, C). mask: what broadcasts to (B, H, T, S), or None for plain causal attention."""
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1)
+        q, k, v = qkv.transpose(1, 3).unbind(2)                     # (B, H, T, D) each
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)                        # (B, H, S, D) each
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+                                           dropout_p=self.dropout if self.training else 0.0)
+        y = y.transpose(1, 2).reshape(B, T, C)                      # heads side by side again
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.gelu = nn.GELU()
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))   # (B, T, C)
+
+
+class Block(nn.Module):
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x, mask=None, cache=None, layer=0):
+        x = x + self.attn(self.ln_1(x), mask, cache, layer)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """A GPT of the given GPTConfig. With ALiBi it has no position embeddings and runs on any length."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        modules = dict(wte=nn.Embedding(config.vocab_size, config.n_embd))
+        if config.use_alibi:
+            self.register_buffer('slopes', alibi_slopes(config.n_head), persistent=False)  # no part of the state dict
+        else:
+            modules['wpe'] = nn.Embedding(config.block_size, config.n_embd)
+        modules['drop'] = nn.Dropout(config.dropout)
+        modules['h'] = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        modules['ln_f'] = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.transformer = nn.ModuleDict(modules)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight  # tied (Press and Wolf 2017, arXiv 1608.05859)
+        self.apply(self._init_weights)
+
+    def _init_weights(self, module):
+        """GPT-2's: normal(0, 0.02), zero biases; each of the 2 n_layer projections into the residual stream smaller."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, (CausalSelfAttention, MLP)):  # apply() visits children first, so this comes last
+            nn.init.normal_(module.c_proj.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+
+    def forward(self, idx, targets=None, cache: KVCache = None):
+        """Logits, and the mean cross-entropy in nats if there are targets.
+
+        idx (B, T) int64: token ids. targets (B, T) int64 or None: the next ids; -1 is ignored.
+        With targets: logits (B, T, V) and a scalar loss; without: logits of the last position (B, 1, V) and None.
+        cache: idx continues the tokens that it holds, and is added to it.
+        Raises ValueError where learned positions end: more than block_size tokens without ALiBi.
+        """
+        T = idx.size(1)
+        past = 0 if cache is None else cache.length
+        S = past + T
+        x = self.transformer.wte(idx)                               # (B, T, C)
+        mask = None                                                 # plain causal attention
+        if self.config.use_alibi:
+            mask = alibi_bias(self.slopes, T, S).to(x.dtype)        # (1, H, T, S)
+        else:
+            if S > self.config.block_size:
+                raise ValueError(f"{S} tokens, but the model has positions for block_size={self.config.block_size}")
+            x = x + self.transformer.wpe(torch.arange(past, S, device=idx.device))
+            if past and T > 1:  # SDPA's is_causal counts from the first key, which is wrong behind a cache
+                mask = torch.ones(T, S, dtype=torch.bool, device=idx.device).tril(past)
+        x = self.transformer.drop(x)
+        for layer, block in enumerate(self.transformer.h):
+            x = block(x, mask, cache, layer)
+        x = self.transformer.ln_f(x)                                # (B, T, C)
+        if cache is not None:
+            cache.length = S
+        if targets is None:
+            return self.lm_head(x[:, -1:]), None                    # (B, 1, V)
+        logits = self.lm_head(x)                                    # (B, T, V)
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    # -----------------------------------------------------------------------------------------------------------
+    # generation
+
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, *, stop=None, vocab_size=None,
+               generators=None, use_cache=True):
+        """Sample up to max_new_tokens, yielding the next ids (B, 1) as they come. Call eval() first.
+
+        idx (B, T) int64: the prompts, T >= 1. temperature: 0 is greedy. top_k: sample among the k likeliest ids.
+        stop: a row that drew this id goes on drawing it, and the stream ends when all rows have.
+        vocab_size: ids from here on (padding of the vocabulary) are never drawn.
+        generators: a torch.Generator for each row, so that a row's text does not depend on the others; None: torch's.
+        Beyond block_size a model with learned positions sees the last block_size tokens, computed anew for every
+        token since all positions shift; with ALiBi the context, and the cache, just grow.
+        """
+        if idx.size(1) == 0:
+            raise ValueError("generation needs a prompt of at least one token")
+        limit = math.inf if self.config.use_alibi else self.config.block_size
+        cache = KVCache(min(idx.size(1) + max_new_tokens, limit)) if use_cache and idx.size(1) <= limit else None
+        stopped = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
+        new = idx                                                   # what the cache has not seen yet
+        for _ in range(max_new_tokens):
+            if idx.size(1) > limit:
+                idx, cache = idx[:, -limit:], None
+            logits, _ = self(idx if cache is None else new, cache=cache)
+            new = sample_logits(logits[:, -1, :vocab_size], temperature, top_k, generators)
+            if stop is not None:
+                new = new.masked_fill(stopped, stop)
+                stopped |= new == stop
+            idx = torch.cat((idx, new), dim=1)
+            yield new
+            if stop is not None and stopped.all():
+                return
+
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **options):
+        """idx (B, T) with up to max_new_tokens sampled behind it, (B, T + n). Options as in stream()."""
+        return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k, **options)], dim=1)
+
+    # -----------------------------------------------------------------------------------------------------------
+    # training
+
+    def get_num_params(self, non_embedding=True):
+        """Number of parameters; without the position embeddings by default (the token ones serve as the head)."""
+        n = sum(p.numel() for p in self.parameters())
+        return n - self.transformer.wpe.weight.numel() if non_embedding and not self.config.use_alibi else n
+
+    def crop_block_size(self, block_size):
+        """Keep the first block_size positions. Raises ValueError if the model has fewer."""
+        if not 1 <= block_size <= self.config.block_size:
+            raise ValueError(f"cannot crop block_size {self.config.block_size} to {block_size}")
+        self.config.block_size = block_size
+        if not self.config.use_alibi:  # the same Parameter, so that an optimizer's reference to it stays good
+            self.transformer.wpe.weight.data = self.transformer.wpe.weight.data[:block_size].clone()
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        """AdamW (Loshchilov and Hutter 2019), decaying matrices and embeddings, not biases and layer norms."""
+        params = [p for p in self.parameters() if p.requires_grad]
+        groups = [dict(params=[p for p in params if p.dim() >= 2], weight_decay=weight_decay),
+                  dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]
+        fused = device_type in ('cuda', 'cpu', 'mps')  # one kernel for all tensors, where PyTorch has it
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+
+    def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops=312e12):
+        """Model FLOPs utilization: the share of peak_flops (FLOP/s; default an A100's in bfloat16) that is used.
+
+        fwdbwd_per_iter sequences of block_size tokens in dt seconds, counted as in PaLM's appendix B (Chowdhery
+        et al. 2022, arXiv 2204.02311): 6 a parameter and token, 12 a layer, channel and pair of positions.
+        """
+        config, T = self.config, self.config.block_size
+        flops_per_token = 6 * self.get_num_params() + 12 * config.n_layer * config.n_embd * T
+        return flops_per_token * T * fwdbwd_per_iter / dt / peak_flops
+
+
+def sample_logits(logits, temperature=1.0, top_k=None, generators=None):
+    """Draw an id per row from logits (B, V): (B, 1) int64. Options as in GPT.stream()."""
+    logits = logits.float()
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    if top_k:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, float('-inf'))
+    logits = logits - logits.max(dim=-1, keepdim=True).values       # a tiny temperature must not overflow
+    probs = F.softmax(logits / temperature, dim=-1)                 # (B, V)
+    if generators is None:
+        return torch.multinomial(probs, 1)
+    return torch.cat([torch.multinomial(p[None], 1, generator=g) for p, g in zip(probs, generators, strict=True)])

@@ -1,0 +1,130 @@
+"""Where a script runs: device, precision, seeds and the processes of a torchrun."""
+import os
+import platform
+import sys
+from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+# what a random draw is for: each purpose has draws 0, 1, 2, ... of its own
+INIT, TRAIN_BATCH, DROPOUT, EVAL_TRAIN, EVAL_VAL, SAMPLE = range(6)
+
+DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+
+# dense 16-bit tensor-core peak in FLOP/s, from NVIDIA's data sheets; the first name found in the GPU's counts
+PEAK_FLOPS = {'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12,
+              'A100': 312e12, 'L40S': 362e12, 'L40': 181e12, 'L4': 121e12, 'A10G': 70e12, 'A10': 125e12,
+              'V100': 125e12, 'T4': 65e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12}
+
+
+class UserError(Exception):
+    """A mistake of the user's, told in one line with what to do about it."""
+
+
+@contextmanager
+def one_line_errors():
+    """Around a script's work: a UserError ends it in one line and exit status 1. Bugs keep their traceback."""
+    try:
+        yield
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+class Runtime(NamedTuple):
+    """What auto was resolved to, and which of the processes this is."""
+    device: torch.device
+    dtype: str         # float32, bfloat16 or float16
+    compile: bool
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_master(self):
+        return self.rank == 0
+
+    def autocast(self):
+        """The context of a forward pass."""
+        if self.dtype == 'float32':
+            return nullcontext()
+        return torch.autocast(self.device.type, DTYPES[self.dtype])
+
+    def to_device(self, tensor):
+        """A CPU tensor on the device; on a GPU the copy goes on while Python does."""
+        if self.device.type == 'cuda':
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
+
+    def all_reduce_sum(self, tensor):
+        """The tensor, summed over the processes in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def __str__(self):
+        name = torch.cuda.get_device_name(self.device) if self.device.type == 'cuda' else platform.machine()
+        threads = f", {torch.get_num_threads()} threads" if self.device.type == 'cpu' else ''
+        return (f"device {self.device} ({name}{threads}), dtype {self.dtype}, compile {self.compile}, "
+                f"{self.world_size} process{'es' * (self.world_size > 1)}")
+
+
+def resolve(device='auto', dtype='auto', compile='auto') -> Runtime:
+    """Choose what 'auto' leaves open, for one process. Raises UserError for what this machine does not have."""
+    if device == 'auto':
+        device = ('cuda' if torch.cuda.is_available() else
+                  'mps' if torch.backends.mps.is_available() else 'cpu')
+    kind, _, index = str(device).partition(':')
+    available = {'cpu': True, 'mps': torch.backends.mps.is_available(), 'cuda': torch.cuda.is_available()}
+    if kind not in available or (index and not index.isdigit()):
+        raise UserError(f"device must be auto, cpu, cuda, cuda:N or mps, got {device!r}")
+    if not available[kind]:
+        raise UserError(f"device={device}, but PyTorch {torch.__version__} finds no such device here: use --device=cpu")
+    if kind == 'cuda' and index and int(index) >= torch.cuda.device_count():
+        raise UserError(f"device={device}, but this machine has {torch.cuda.device_count()} GPUs, counted from 0")
+    if dtype == 'auto':
+        dtype = 'float32' if kind != 'cuda' else 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16'
+    if dtype not in DTYPES:
+        raise UserError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {dtype!r}")
+    if compile not in ('auto', True, False):
+        raise UserError(f"compile must be auto, True or False, got {compile!r}")
+    torch.set_float32_matmul_precision('high')  # float32 products on tensor cores (TF32), where there are any
+    return Runtime(torch.device(device), dtype, kind == 'cuda' if compile == 'auto' else compile)
+
+
+def start(device='auto', dtype='auto', compile='auto', backend='auto') -> Runtime:
+    """Resolve as `resolve` does, and join the other processes if torchrun started this one."""
+    run = resolve(device, dtype, compile)
+    if 'RANK' not in os.environ:
+        return run
+    if run.device.type == 'mps':
+        raise UserError("several processes need CUDA or the CPU: use --device=cpu, or start without torchrun")
+    if run.device.type == 'cuda':
+        run = resolve(f"cuda:{os.environ['LOCAL_RANK']}", dtype, compile)  # each process its own GPU
+        torch.cuda.set_device(run.device)
+    if backend == 'auto':
+        backend = 'nccl' if run.device.type == 'cuda' else 'gloo'
+    if not dist.is_backend_available(backend):
+        raise UserError(f"backend must be auto, nccl or gloo, and PyTorch must have it here: got {backend!r}")
+    dist.init_process_group(backend)
+    return run._replace(rank=dist.get_rank(), world_size=dist.get_world_size())
+
+
+def stop():
+    """Leave the other processes."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def derive_seed(seed: int, purpose: int, index: int = 0) -> int:
+    """The seed of draw `index` for `purpose`: it depends on nothing that was drawn before."""
+    return int(np.random.SeedSequence([seed, purpose, index]).generate_state(1, np.uint64)[0])
+
+
+def peak_flops(run: Runtime):
+    """This GPU's dense peak in FLOP/s at 16 bits, or None where it is not known or not what is computed in."""
+    if run.device.type != 'cuda' or run.dtype == 'float32':
+        return None
+    name = torch.cuda.get_device_name(run.device)
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)

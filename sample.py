@@ -1,0 +1,109 @@
+"""Generate text with a trained GPT.
+
+    python sample.py --out_dir=out-shakespeare-char
+    python sample.py --out_dir=out-shakespeare-char --start="To be" --num_samples=1 --stream=True
+    python sample.py --out_dir=out-shakespeare-char --start=FILE:prompt.txt --temperature=0
+
+Reads out_dir/ckpt.pt, else last.pt. A sample depends on the seed and its own number only, not on how many there are.
+"""
+import codecs
+import sys
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import runtime
+from dataset import tokenizer
+from runtime import UserError, derive_seed
+
+# ---------------------------------------------------------------------------------------------------------------
+# settings
+init_from = 'resume'           # resume: a checkpoint in out_dir
+out_dir = 'out'
+start = '\n'                   # the prompt, or FILE:name to read it from a file
+num_samples = 10
+max_new_tokens = 500           # in each sample
+temperature = 0.8              # 1: as the model says, below: less random, 0: the likeliest token always
+top_k = 200                    # only the k likeliest tokens can come; 0: all
+stop = ''                      # end a sample where this token comes: a character, or '<|endoftext|>'
+stream = False                 # print each token as it comes, one sample after the other
+seed = 1337
+device = 'auto'                # cpu, cuda, cuda:1, mps
+dtype = 'auto'                 # float32, bfloat16 or float16
+compile = False                # torch.compile the model: True or False
+# ---------------------------------------------------------------------------------------------------------------
+setting_names = [name for name, value in list(globals().items())
+                 if not name.startswith('_') and type(value) in (bool, int, float, str)]
+if __name__ == '__main__':
+    exec(Path(__file__).with_name('configurator.py').read_text(encoding='utf-8'))
+
+
+def check_settings():
+    """Raise UserError for settings that can't be sampled with."""
+    for name, least in (('num_samples', 1), ('max_new_tokens', 1), ('temperature', 0), ('top_k', 0), ('seed', 0)):
+        if globals()[name] < least:
+            raise UserError(f"{name} must be at least {least}, got {globals()[name]}")
+    if init_from != 'resume':
+        raise UserError(f"init_from must be resume, got {init_from!r}")
+
+
+def read_prompt():
+    """The text of the setting `start`."""
+    if not start.startswith('FILE:'):
+        return start
+    path = Path(start.removeprefix('FILE:'))
+    try:
+        return path.read_text(encoding='utf-8')
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"can't read the prompt from {path}: {error}") from error
+
+
+def before_stop(ids, stop_id):
+    """The ids (a list) up to the first stop_id."""
+    return ids[:ids.index(stop_id)] if stop_id in ids else ids
+
+
+def generate():
+    """Print num_samples continuations of the prompt."""
+    check_settings()
+    run = runtime.resolve(device, dtype, compile)
+    model, state, path = checkpoint.load_for_sampling(out_dir)
+    tok = tokenizer(checkpoint.data_meta(state))
+    model.to(run.device)
+    print(f"{path}, iteration {state['iter_num']}, val loss {state['best_val_loss']:.4f}; {run}", file=sys.stderr)
+    if run.compile:
+        model.forward = torch.compile(model.forward, dynamic=True)
+
+    prompt = tok.encode(read_prompt())
+    if not prompt:
+        raise UserError("start is empty: a continuation needs at least one token to continue")
+    stop_ids = tok.encode(stop) or [None]
+    if len(stop_ids) > 1:
+        raise UserError(f"stop must be a single token, but {stop!r} makes {len(stop_ids)}")
+    options = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, stop=stop_ids[0],
+                   vocab_size=tok.vocab_size)
+    generators = [torch.Generator(run.device).manual_seed(derive_seed(seed, runtime.SAMPLE, i)) for i in range(num_samples)]
+    idx = torch.tensor([prompt], device=run.device)                 # (1, T)
+
+    sys.stdout.reconfigure(encoding='utf-8', errors='replace')      # whatever the terminal says it is
+    if not stream:
+        with run.autocast():
+            samples = model.generate(idx.repeat(num_samples, 1), generators=generators, **options).tolist()
+        for ids in samples:
+            print(tok.decode(prompt + before_stop(ids[len(prompt):], stop_ids[0])))
+            print('---------------')
+        return
+    for generator in generators:
+        decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')  # a character may take several tokens
+        print(tok.decode(prompt), end='', flush=True)
+        with run.autocast():
+            for new in model.stream(idx, generators=[generator], **options):
+                if new.item() != stop_ids[0]:
+                    print(decoder.decode(tok.decode_bytes([new.item()])), end='', flush=True)
+        print(decoder.decode(b'', final=True) + '\n---------------')
+
+
+if __name__ == '__main__':
+    with runtime.one_line_errors():
+        generate()

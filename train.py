@@ -1,0 +1,350 @@
+"""Train a GPT on a prepared data set, from scratch or from a checkpoint.
+
+    python train.py config/train_shakespeare_char.py                      one GPU, or what there is
+    python train.py config/train_shakespeare_char_cpu.py --max_iters=500  any setting can be overridden
+    python train.py config/train_shakespeare_char.py --init_from=resume   go on where the run in out_dir stopped
+    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
+    torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=IP --master_port=1234 train.py   and node_rank=1
+
+Writes to out_dir: last.pt (the newest state), ckpt.pt (the best, or with always_save_checkpoint the newest),
+metrics.jsonl (a line for each log and evaluation) and loss.png.
+"""
+import json
+import math
+import time
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+import runtime
+from dataset import atomic_write, draw_batch, load_meta, load_split
+from model import GPT, GPTConfig
+from runtime import UserError, derive_seed
+
+# ---------------------------------------------------------------------------------------------------------------
+# settings: those of GPT-2 (124M) on OpenWebText. Override them with config files and --key=value
+# input and output
+out_dir = 'out'
+eval_interval = 2000           # evaluate, and save a checkpoint, every so many iterations
+log_interval = 1               # print the loss every so many iterations
+eval_iters = 200               # batches of each split in an evaluation
+eval_only = False              # evaluate once, then stop
+always_save_checkpoint = True  # ckpt.pt at every evaluation, not just when the val loss improved
+init_from = 'scratch'          # scratch or resume
+# wandb
+wandb_log = False
+wandb_project = 'owt'
+wandb_run_name = 'gpt2'
+# data
+dataset = 'openwebtext'        # a folder of data/
+gradient_accumulation_steps = 5 * 8  # micro-batches of an iteration, in all processes together
+batch_size = 12                # sequences in a micro-batch
+block_size = 1024              # tokens in a sequence
+# model
+n_layer = 12
+n_head = 12
+n_embd = 768
+dropout = 0.0                  # 0 for pretraining, 0.1 and more for finetuning or little data
+bias = False                   # in LayerNorm and Linear layers
+use_alibi = False              # linear attention biases in place of position embeddings
+# optimizer: AdamW
+learning_rate = 6e-4           # the highest
+max_iters = 600000             # updates in all
+weight_decay = 1e-1
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0                # clip the gradient's norm here; 0 does not
+# learning rate schedule
+decay_lr = True                # warm up and decay, or keep learning_rate throughout
+warmup_iters = 2000
+lr_decay_iters = 600000        # when min_lr is reached; about max_iters, as in Chinchilla
+min_lr = 6e-5                  # about learning_rate / 10, as in Chinchilla
+# system
+seed = 1337                    # initial weights, batches and dropout follow from it
+backend = 'auto'               # of torch.distributed: nccl or gloo
+device = 'auto'                # cpu, cuda, cuda:1, mps
+dtype = 'auto'                 # float32, bfloat16, or float16 with a gradient scaler
+compile = 'auto'               # torch.compile the model: True or False
+# ---------------------------------------------------------------------------------------------------------------
+setting_names = [name for name, value in list(globals().items())
+                 if not name.startswith('_') and type(value) in (bool, int, float, str)]
+if __name__ == '__main__':
+    exec(Path(__file__).with_name('configurator.py').read_text(encoding='utf-8'))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# helpers
+
+def check_settings(world_size):
+    """Raise UserError for settings that no run can work with."""
+    for name in ('eval_interval', 'log_interval', 'eval_iters', 'gradient_accumulation_steps', 'batch_size'):
+        if globals()[name] < 1:
+            raise UserError(f"{name} must be at least 1, got {globals()[name]}")
+    if gradient_accumulation_steps % world_size:
+        raise UserError(f"gradient_accumulation_steps={gradient_accumulation_steps} can't be shared by "
+                        f"{world_size} processes: make it a multiple of {world_size}")
+    if seed < 0:
+        raise UserError(f"seed must not be negative, got {seed}")
+    if init_from not in ('scratch', 'resume'):
+        raise UserError(f"init_from must be scratch or resume, got {init_from!r}")
+
+
+def cosine_lr(step, peak, floor, warmup, total):
+    """The learning rate of an update: linear warm-up to peak, then a cosine down to floor at step `total`."""
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def new_model(vocab_size):
+    """A GPT with the settings' sizes and initial weights drawn from the seed."""
+    torch.manual_seed(derive_seed(seed, runtime.INIT))
+    try:
+        return GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias, use_alibi))
+    except ValueError as error:
+        raise UserError(error) from error
+
+
+def check_vocabulary(saved_meta, meta, vocab_size):
+    """Raise UserError if the data set's ids mean something else to the model, or nothing."""
+    if saved_meta and meta and saved_meta['stoi'] != meta['stoi']:
+        raise UserError(f"data/{dataset} has another vocabulary than the data that the checkpoint was trained on")
+    if meta and meta['vocab_size'] > vocab_size:
+        raise UserError(f"data/{dataset} has {meta['vocab_size']} token ids, but the checkpoint's model has {vocab_size}")
+
+
+def print_differences(saved, current):
+    """Print each setting that differs from the run that the checkpoint comes from, and which of the two holds."""
+    from_checkpoint = ('n_layer', 'n_head', 'n_embd', 'bias', 'use_alibi')
+    for key, value in current.items():
+        if key in saved and saved[key] != value and key != 'init_from':
+            kept = key in from_checkpoint or (key == 'block_size' and value > saved[key])
+            print(f"{key}: {saved[key]!r} in the checkpoint, {value!r} now"
+                  + (": the checkpoint's holds" if kept else ''))
+
+
+@torch.no_grad()
+def evaluate(model, run, splits, get_batch):
+    """The mean loss of each split, over the same eval_iters batches at every call, shared among the processes."""
+    model.eval()
+    means = {}
+    for split, purpose in (('train', runtime.EVAL_TRAIN), ('val', runtime.EVAL_VAL)):
+        losses = torch.zeros(eval_iters, device=run.device)         # each process fills in its own
+        for k in range(run.rank, eval_iters, run.world_size):
+            with run.autocast():
+                _, losses[k] = model(*get_batch(splits[split], purpose, k))
+        means[split] = run.all_reduce_sum(losses).mean().item()
+    model.train()
+    return means
+
+
+def append_metrics(record):
+    """Add a line to out_dir/metrics.jsonl."""
+    with open(Path(out_dir) / 'metrics.jsonl', 'a', encoding='utf-8') as file:
+        file.write(json.dumps(record) + '\n')
+
+
+def read_metrics():
+    """The records of out_dir/metrics.jsonl; a last line that a crash cut off is passed over."""
+    path = Path(out_dir) / 'metrics.jsonl'
+    lines = path.read_text(encoding='utf-8').splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith('}\n')]
+
+
+def drop_metrics_from(iter_num):
+    """Drop the records from iter_num on from out_dir/metrics.jsonl: a resumed run writes them again."""
+    kept = [record for record in read_metrics() if record['iter'] < iter_num]
+    with atomic_write(Path(out_dir) / 'metrics.jsonl', 'w', encoding='utf-8') as file:
+        file.writelines(json.dumps(record) + '\n' for record in kept)
+
+
+def plot_losses():
+    """Draw the loss curves in out_dir/metrics.jsonl as out_dir/loss.png. Without matplotlib: nothing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    records = read_metrics()
+    axes = (figure := Figure(figsize=(8, 5), layout='constrained')).subplots()
+    for key, label, style in (('loss', 'batch', dict(lw=0.8, alpha=0.5)), ('train_loss', 'train', dict(marker='.')),
+                              ('val_loss', 'val', dict(marker='.'))):
+        points = [(record['iter'], record[key]) for record in records if key in record]
+        axes.plot(*zip(*points), label=label, **style) if points else None
+    axes.set(xlabel='iteration', ylabel='loss (nats per token)', title=out_dir)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with atomic_write(Path(out_dir) / 'loss.png') as file:
+        figure.savefig(file, format='png', dpi=120)
+
+
+def log_line(record, seconds_left):
+    """What is printed of a training record."""
+    parts = [f"iter {record['iter']}: loss {record['loss']:.4f}", f"lr {record['lr']:.2e}",
+             f"norm {record['grad_norm']:.4f}", f"time {record['ms']:.2f}ms"]
+    if 'tokens_per_s' in record:
+        parts += [f"{record['tokens_per_s']:,.0f} tok/s", f"eta {timedelta(seconds=round(seconds_left))}"]
+    if 'mfu' in record:
+        parts.append(f"mfu {100 * record['mfu']:.2f}%")
+    return ', '.join(parts)
+
+
+def start_wandb(config):
+    """A function that logs a dict of metrics to wandb. Where wandb fails it says so, and the run goes on without."""
+    try:
+        import wandb
+        wandb.init(project=wandb_project, name=wandb_run_name, config=config)
+        return wandb.log
+    except Exception as error:  # a missing package, key or network: none is worth a run
+        print(f"wandb is off for this run: {error} (WANDB_MODE=offline logs to local files)")
+        return lambda metrics: None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# the work
+
+def train():
+    """Train as the settings say."""
+    run = runtime.start(device, dtype, compile, backend)
+    check_settings(run.world_size)
+    say = print if run.is_master else lambda *text: None
+    say(run)
+
+    # data
+    folder = Path('data') / dataset
+    meta = load_meta(folder)
+    splits = {split: load_split(folder, split, block_size) for split in ('train', 'val')}
+
+    # model and optimizer
+    config = {name: globals()[name] for name in setting_names}
+    iter_num, best_val_loss, saved = 0, math.inf, None
+    if init_from == 'scratch':
+        vocab_size = meta['vocab_size'] if meta else 50304          # GPT-2's 50257, padded for speed
+        raw_model = new_model(vocab_size)
+    else:
+        path = checkpoint.find(out_dir, ('last.pt', 'ckpt.pt'))
+        saved = checkpoint.load(path)
+        raw_model = checkpoint.build_model(saved, dropout=dropout)
+        iter_num, best_val_loss = saved['iter_num'], float(saved['best_val_loss'])
+        vocab_size = raw_model.config.vocab_size
+        check_vocabulary(saved.get('meta'), meta, vocab_size)
+        say(f"resuming from {path} at iteration {iter_num}")
+        if run.is_master:
+            print_differences(saved['config'], config)
+    raw_model.to(run.device)
+    optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), run.device.type)
+    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == 'float16')
+    if saved:
+        checkpoint.load_optimizer(optimizer, saved)
+        if scaler.is_enabled() and saved.get('scaler'):
+            scaler.load_state_dict(saved['scaler'])
+        if block_size < raw_model.config.block_size:
+            checkpoint.crop_block_size(raw_model, optimizer, block_size)
+    saved = None                                                    # free its memory
+    T = raw_model.config.block_size
+    model = torch.compile(raw_model) if run.compile else raw_model  # evaluated as it is
+    trained = DistributedDataParallel(model, broadcast_buffers=False) if run.world_size > 1 else model
+    tokens_per_iter = gradient_accumulation_steps * batch_size * T
+    say(f"data/{dataset}: {len(splits['train']):,} train tokens, {len(splits['val']):,} val tokens")
+    say(f"number of parameters: {raw_model.get_num_params() / 1e6:.2f}M, vocabulary: {vocab_size}, "
+        f"positions: {'ALiBi' if raw_model.config.use_alibi else 'learned'}")
+    say(f"tokens per iteration: {tokens_per_iter:,} = {gradient_accumulation_steps} micro-batches x {batch_size} sequences "
+        f"x {T} tokens; {max_iters:,} iterations make {max_iters * tokens_per_iter / len(splits['train']):.2f} epochs")
+
+    # output
+    writes = run.is_master and not eval_only
+    if writes:
+        Path(out_dir).mkdir(parents=True, exist_ok=True)
+        checkpoint.set_aside(out_dir) if init_from == 'scratch' else drop_metrics_from(iter_num)
+    log_wandb = start_wandb(config) if wandb_log and run.is_master else lambda metrics: None
+
+    def get_batch(data, purpose, k):
+        x, y = draw_batch(data, batch_size, T, vocab_size, derive_seed(seed, purpose, k))
+        return run.to_device(x), run.to_device(y)                   # (batch_size, T) each
+
+    def save_checkpoint(is_best):
+        state = dict(model=raw_model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                     model_args=checkpoint.model_args(raw_model.config), iter_num=iter_num,
+                     best_val_loss=best_val_loss, config=config, meta=meta)
+        checkpoint.save(out_dir, state, is_best)
+
+    peak_flops = runtime.peak_flops(run)
+    times = []                                                      # of the iterations since the last log line
+    is_first = True                                                 # it compiles, so it does not count for tokens/s
+    while True:
+        # the rate of this update
+        lr = cosine_lr(iter_num, learning_rate, min_lr, warmup_iters, lr_decay_iters) if decay_lr else learning_rate
+        for group in optimizer.param_groups:
+            group['lr'] = lr
+
+        # evaluate and save
+        if iter_num % eval_interval == 0 or iter_num == max_iters or eval_only:
+            losses = evaluate(model, run, splits, get_batch)
+            is_best = losses['val'] <= best_val_loss
+            best_val_loss = min(best_val_loss, losses['val'])
+            say(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}, "
+                f"val perplexity {math.exp(min(losses['val'], 700)):.2f}")
+            log_wandb({'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val'], 'lr': lr})
+            if writes:
+                append_metrics({'iter': iter_num, 'train_loss': losses['train'], 'val_loss': losses['val'], 'lr': lr})
+                plot_losses()
+                if iter_num > 0:
+                    save_checkpoint(is_best or always_save_checkpoint)
+                    say(f"saved {out_dir}/last.pt" + (" and ckpt.pt" if is_best or always_save_checkpoint else ''))
+        if eval_only or iter_num >= max_iters:
+            break
+
+        # the gradient, over this process's share of the iteration's micro-batches
+        start = time.perf_counter()
+        losses = torch.zeros(gradient_accumulation_steps, device=run.device)  # each process fills in its own
+        mine = range(run.rank, gradient_accumulation_steps, run.world_size)
+        for micro_step in mine:
+            k = iter_num * gradient_accumulation_steps + micro_step
+            x, y = get_batch(splits['train'], runtime.TRAIN_BATCH, k)
+            torch.manual_seed(derive_seed(seed, runtime.DROPOUT, k))
+            is_last = micro_step == mine[-1]                        # processes exchange gradients once an iteration
+            with nullcontext() if is_last or run.world_size == 1 else trained.no_sync():
+                with run.autocast():
+                    _, loss = trained(x, y)
+                losses[micro_step] = loss.detach()
+                scaler.scale(loss / len(mine)).backward()
+
+        # the update
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+        # log
+        is_logged = iter_num % log_interval == 0
+        if is_logged:
+            loss = run.all_reduce_sum(losses).mean().item()         # waits for the GPU
+        times.append(time.perf_counter() - start)
+        if is_logged:
+            seconds = sum(times) / len(times)
+            record = dict(iter=iter_num, loss=loss, lr=lr, grad_norm=grad_norm.item(), ms=1000 * seconds)
+            if not is_first:
+                record['tokens_per_s'] = tokens_per_iter / seconds
+                if peak_flops:
+                    record['mfu'] = raw_model.estimate_mfu(len(mine) * batch_size, seconds, peak_flops)
+            say(log_line(record, seconds * (max_iters - iter_num - 1)))
+            log_wandb({'train/batch_loss' if key == 'loss' else key: value for key, value in record.items()})
+            if writes:
+                append_metrics(record)
+        if is_logged or is_first:
+            times, is_first = [], False
+        iter_num += 1
+
+    if writes:
+        say(f"done: {iter_num} iterations, best val loss {best_val_loss:.4f}; see {out_dir}/loss.png")
+    runtime.stop()
+
+
+if __name__ == '__main__':
+    with runtime.one_line_errors():
+        train()
