@@ -5,6 +5,7 @@ scaler (the GradScaler's state) and meta (the data set's). Tensors and plain Pyt
 read without running any code that it might hold.
 """
 import os
+import pickle
 import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -43,8 +44,11 @@ def load(path) -> dict:
     """Read a checkpoint, ours or nanoGPT's, to the CPU, running none of its code. Raises UserError for a bad one."""
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} is damaged, or holds more than tensors and plain values, which could run code: "
+                        "it is not loaded") from error
     except Exception as error:  # damaged files raise almost anything
-        raise UserError(f"{path} can't be read as a checkpoint: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path} can't be read as a checkpoint: {error!r}") from error
     missing = [key for key in ('model', 'model_args') if not isinstance(state, dict) or key not in state]
     if missing:
         raise UserError(f"{path} is no checkpoint of a GPT: it lacks {' and '.join(missing)}")

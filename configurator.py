@@ -14,10 +14,8 @@ Whatever does not fit is told in one line, and ends the script with exit status 
 import ast
 import builtins
 import difflib
-import math
 import re
 import sys
-import types
 from pathlib import Path
 
 
@@ -34,10 +32,10 @@ def check_key(key, settings):
 def check_type(key, value, default):
     """The value as a setting of default's type; raises ConfigError."""
     wanted = type(default)
-    if type(value) is wanted or (default == 'auto' and isinstance(value, bool)):
-        return value
-    if wanted is float and isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e308:
+    if wanted is float and type(value) in (int, float) and -1e308 < value < 1e308:
         return float(value)
+    if wanted is not float and type(value) is wanted or (default == 'auto' and isinstance(value, bool)):
+        return value
     raise ConfigError(f"{key} takes a value of type {wanted.__name__}, such as {default!r}, not {value!r}")
 
 
@@ -46,11 +44,10 @@ def parse_value(key, text, default):
     if text in ('True', 'False') and (isinstance(default, bool) or default == 'auto'):
         return text == 'True'
     try:
-        if type(default) in (int, float) and math.isfinite(float(text)):
-            return type(default)(text)
+        value = type(default)(text) if type(default) in (int, float) else text
     except ValueError:
-        pass
-    return check_type(key, text, default)
+        value = text
+    return check_type(key, value, default)
 
 
 def run_config_file(path, settings, defaults, skip_unknown=False):
@@ -59,16 +56,18 @@ def run_config_file(path, settings, defaults, skip_unknown=False):
         raise ConfigError(f"no config file {path}")
     names = dict(settings)
     try:
-        exec(builtins.compile(Path(path).read_text(encoding='utf-8'), path, 'exec'), names)
+        tree = ast.parse(Path(path).read_text(encoding='utf-8'), path)
+        exec(builtins.compile(tree, path, 'exec'), names)
     except (Exception, SystemExit) as error:
         raise ConfigError(f"config file {path} failed: {type(error).__name__}: {error}") from error
-    assigned = {key: value for key, value in names.items()
-                if key not in settings and not key.startswith('_')
-                and not isinstance(value, (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type))}
+    imported = {alias.asname or alias.name.split('.')[0] for node in ast.walk(tree)
+                if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
+    assigned = [key for key, value in names.items()
+                if key not in settings and key not in imported and not key.startswith('_') and not callable(value)]
     if skip_unknown and assigned:
         print(f"{path}: skipping {', '.join(assigned)}, no settings of this script")
     elif assigned:
-        check_key(next(iter(assigned)), settings)
+        check_key(assigned[0], settings)
     return {key: check_type(key, names.get(key), defaults[key]) for key in settings}
 
 

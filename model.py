@@ -86,10 +86,10 @@ class KVCache:
             raise ValueError(f"the cache holds {self.capacity} tokens, got {S}")
         if layer == len(self.layers):
             self.layers.append(k.new_empty(2, B, H, self.capacity, D))
-        keys, values = self.layers[layer]
-        keys[:, :, self.length:S] = k
-        values[:, :, self.length:S] = v
-        return keys[:, :, :S], values[:, :, :S]
+        stored = self.layers[layer]
+        stored[0, :, :, self.length:S] = k
+        stored[1, :, :, self.length:S] = v
+        return stored[0, :, :, :S], stored[1, :, :, :S]
 
 
 class CausalSelfAttention(nn.Module):

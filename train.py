@@ -164,10 +164,11 @@ def drop_metrics_from(iter_num):
 
 
 def plot_losses():
-    """Draw the loss curves in out_dir/metrics.jsonl as out_dir/loss.png. Without matplotlib: nothing."""
+    """Draw the loss curves in out_dir/metrics.jsonl as out_dir/loss.png. Without matplotlib: just a note."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
+        print(f"no {out_dir}/loss.png: matplotlib is not installed")
         return
     records = read_metrics()
     axes = (figure := Figure(figsize=(8, 5), layout='constrained')).subplots()
@@ -287,7 +288,7 @@ def train():
             is_best = losses['val'] <= best_val_loss
             best_val_loss = min(best_val_loss, losses['val'])
             say(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}, "
-                f"val perplexity {math.exp(min(losses['val'], 700)):.2f}")
+                f"val perplexity {math.exp(min(losses['val'], 700)):.5g}")
             log_wandb({'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val'], 'lr': lr})
             if writes:
                 append_metrics({'iter': iter_num, 'train_loss': losses['train'], 'val_loss': losses['val'], 'lr': lr})

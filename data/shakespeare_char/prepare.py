@@ -7,7 +7,9 @@ Writes train.bin (1,003,854 tokens), val.bin (111,540) and meta.pkl into this fo
 """
 import argparse
 import hashlib
+import http.client
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -28,15 +30,18 @@ def check(content: bytes, source):
 
 
 def download(url, timeout) -> bytes:
-    """The content behind url, with a progress bar. Raises OSError: no network, a status that is an error, time-out."""
+    """The content behind url, within timeout seconds, with a progress bar. Raises OSError or HTTPException."""
     from tqdm import tqdm
-    with urllib.request.urlopen(url, timeout=timeout) as response:
-        content = bytearray()
-        with tqdm(total=int(response.headers.get('Content-Length', 0)), unit='B', unit_scale=True, desc='input.txt') as bar:
+    content, end = b'', time.monotonic() + timeout
+    with urllib.request.urlopen(url, timeout=timeout) as response:  # a status that is an error raises
+        length = int(response.headers.get('Content-Length', 0))
+        with tqdm(total=length or None, unit='B', unit_scale=True, desc='input.txt') as bar:
             while chunk := response.read(1 << 16):
                 content += chunk
                 bar.update(len(chunk))
-    return bytes(content)
+                if time.monotonic() > end:
+                    raise TimeoutError(f"not done in {timeout:g} seconds")
+    return content
 
 
 def prepare(input_file, url, timeout):
@@ -50,7 +55,7 @@ def prepare(input_file, url, timeout):
         print(f"downloading {url}")
         try:
             content = download(url, timeout)
-        except (OSError, ValueError) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:
             sys.exit(f"error: the download failed ({error}). Fetch {url} elsewhere and put it at {source}, "
                      "or use the offline set: python data/pydocs_char/prepare.py")
         check(content, url)
@@ -63,6 +68,6 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--input', metavar='FILE', help="take the text from FILE")
     parser.add_argument('--url', default=URL, help="download the text from here instead")
-    parser.add_argument('--timeout', type=float, default=60, help="seconds to wait for the server (default 60)")
+    parser.add_argument('--timeout', type=float, default=60, help="seconds that the download may take (default 60)")
     arguments = parser.parse_args()
     prepare(arguments.input, arguments.url, arguments.timeout)

@@ -1,0 +1,34 @@
+# make quickstart   from nothing to samples: environment, data, a trained baby GPT, its text
+# make test         the tests (five minutes on two cores)
+# make test-slow    the slow ones
+
+PYTHON ?= python3
+PY := .venv/bin/python
+
+# a GPU takes the larger model by itself
+CONFIG = $$($(PY) -c "import torch; print('config/train_shakespeare_char' + ('' if torch.cuda.is_available() else '_cpu') + '.py')")
+
+.PHONY: quickstart test test-slow
+
+quickstart: .venv/installed
+	@set -e; \
+	if $(PY) data/shakespeare_char/prepare.py --timeout=10; then name=shakespeare; \
+	else echo "quickstart: no tiny Shakespeare, so it goes on with Python's language reference"; \
+	     $(PY) data/pydocs_char/prepare.py; name=pydocs; fi; \
+	out=out-$$name-char; \
+	$(PY) train.py $(CONFIG) --dataset=$${name}_char --out_dir=$$out; \
+	$(PY) sample.py --out_dir=$$out --num_samples=3 --max_new_tokens=400; \
+	echo "checkpoint: $$out/ckpt.pt   loss curve: $$out/loss.png   more text: $(PY) sample.py --out_dir=$$out"
+
+test: .venv/installed
+	$(PY) -m pytest -m "not slow"
+
+test-slow: .venv/installed
+	$(PY) -m pytest -m slow
+
+# the venv is complete when the file at its end is there, and is brought up to date when the lists change
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'error: Python 3.11 or newer is needed: make PYTHON=python3.11')"
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet -c constraints.txt -e '.[test]'
+	touch $@

@@ -1,0 +1,34 @@
+"""The loss of trained checkpoints over the whole val split, in non-overlapping windows of block_size.
+
+    python tests/bench_val_loss.py out-shakespeare-char ...
+
+Every token but the first few is a target once (what is left behind the last full window is not scored).
+"""
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import checkpoint  # noqa: E402
+from dataset import load_split  # noqa: E402
+
+
+@torch.no_grad()
+def whole_split_loss(model, data, batch_size=64):
+    """Mean cross-entropy, in nats, over all full windows of data."""
+    T = model.config.block_size
+    data = torch.from_numpy(data.astype('int64'))
+    n = (len(data) - 1) // T
+    inputs, targets = data[:n * T].view(n, T), data[1:n * T + 1].view(n, T)
+    total = sum(model(x, y)[1].double() * y.numel()
+                for x, y in zip(inputs.split(batch_size), targets.split(batch_size)))
+    return (total / (n * T)).item()
+
+
+if __name__ == '__main__':
+    for out_dir in sys.argv[1:]:
+        model, state, path = checkpoint.load_for_sampling(out_dir)
+        data = load_split(Path('data') / state['config']['dataset'], 'val', model.config.block_size)
+        print(f"{path}: iteration {state['iter_num']}, seed {state['config'].get('seed')}, "
+              f"whole val split {whole_split_loss(model, data):.4f}")

@@ -1,0 +1,64 @@
+"""A GPT written a second time, slowly and obviously: float64, a loop for every sum over positions and heads.
+
+It shares no code with model.py; it reads a state dict under nanoGPT's names.
+"""
+import math
+
+import torch
+
+
+def slopes(n):
+    """ALiBi's slopes as the paper words them: a geometric sequence, and for odd counts every other of the next one."""
+    if math.log2(n).is_integer():
+        start = 2 ** (-8 / n)
+        return [start ** (i + 1) for i in range(n)]
+    c = 1
+    while 2 * c <= n:
+        c *= 2
+    return slopes(c) + slopes(2 * c)[0::2][:n - c]
+
+
+def attention(q, k, v, slope=0.0):
+    """One head: q, k, v (T, D). Score (i, j) is q_i . k_j / sqrt(D) - slope (i - j), softmax over j <= i."""
+    rows = []
+    for i in range(len(q)):
+        scores = torch.stack([(q[i] * k[j]).sum() / math.sqrt(q.shape[1]) - slope * (i - j) for j in range(i + 1)])
+        weights = torch.exp(scores - scores.max())
+        weights = weights / weights.sum()
+        rows.append(sum(weights[j] * v[j] for j in range(i + 1)))
+    return torch.stack(rows)
+
+
+def layer_norm(x, weight, bias):
+    mean = x.mean(-1, keepdim=True)
+    variance = ((x - mean) ** 2).mean(-1, keepdim=True)
+    return (x - mean) / torch.sqrt(variance + 1e-5) * weight + bias
+
+
+def gelu(x):
+    return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def logits(state, config, ids):
+    """All logits (T, V) in float64 of one sequence, a list of ids."""
+    state = {key: value.double() for key, value in state.items()}
+
+    def linear(x, name):
+        return x @ state[name + '.weight'].T + state.get(name + '.bias', 0)
+
+    def norm(x, name):
+        return layer_norm(x, state[name + '.weight'], state.get(name + '.bias', 0))
+
+    T, C, D = len(ids), config.n_embd, config.n_embd // config.n_head
+    x = torch.stack([state['transformer.wte.weight'][i] for i in ids])
+    if not config.use_alibi:
+        x = x + state['transformer.wpe.weight'][:T]
+    head_slopes = slopes(config.n_head) if config.use_alibi else [0.0] * config.n_head
+    for layer in range(config.n_layer):
+        h = f'transformer.h.{layer}.'
+        qkv = linear(norm(x, h + 'ln_1'), h + 'attn.c_attn')
+        q, k, v = qkv[:, :C], qkv[:, C:2 * C], qkv[:, 2 * C:]
+        heads = [attention(q[:, s:s + D], k[:, s:s + D], v[:, s:s + D], head_slopes[s // D]) for s in range(0, C, D)]
+        x = x + linear(torch.cat(heads, dim=1), h + 'attn.c_proj')
+        x = x + linear(gelu(linear(norm(x, h + 'ln_2'), h + 'mlp.c_fc')), h + 'mlp.c_proj')
+    return norm(x, 'transformer.ln_f') @ state['transformer.wte.weight'].T

@@ -1,0 +1,165 @@
+import os
+
+import pytest
+import torch
+from test_model import SMALL, all_logits, random_ids, small
+
+import checkpoint
+from model import GPT, GPTConfig
+from runtime import UserError
+
+NANOGPT_ARGS = {'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout'}
+
+
+def make_state(model, optimizer=None, **more):
+    optimizer = optimizer or model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
+    return dict(model=model.state_dict(), optimizer=optimizer.state_dict(), iter_num=7, best_val_loss=1.5,
+                model_args=checkpoint.model_args(model.config), config={'dataset': 'x'}, scaler={}, meta=None) | more
+
+
+@pytest.mark.parametrize('options', [{}, dict(bias=False, dropout=0.1), dict(use_alibi=True)])
+def test_round_trip(tmp_path, options):
+    model, idx = small(**options), random_ids(2, 16)
+    checkpoint.save(tmp_path, make_state(model), is_best=True)
+    loaded, state, path = checkpoint.load_for_sampling(tmp_path)
+    assert loaded.config == model.config and not loaded.training and path == tmp_path / 'ckpt.pt'
+    assert torch.equal(all_logits(model, idx), all_logits(loaded, idx))
+    assert state['iter_num'] == 7
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+
+
+def test_a_plain_checkpoint_has_only_nanogpts_model_args():
+    assert checkpoint.model_args(GPTConfig()).keys() == NANOGPT_ARGS
+    assert checkpoint.model_args(GPTConfig(use_alibi=True)).keys() == NANOGPT_ARGS | {'use_alibi'}
+
+
+def test_last_and_best(tmp_path):
+    model = small()
+    checkpoint.save(tmp_path, make_state(model, iter_num=1), is_best=True)
+    assert os.path.samefile(tmp_path / 'last.pt', tmp_path / 'ckpt.pt')  # one file on the disk
+    checkpoint.save(tmp_path, make_state(model, iter_num=2), is_best=False)
+    assert [checkpoint.load(tmp_path / name)['iter_num'] for name in ('last.pt', 'ckpt.pt')] == [2, 1]
+    checkpoint.save(tmp_path, make_state(model, iter_num=3), is_best=True)
+    assert [checkpoint.load(tmp_path / name)['iter_num'] for name in ('last.pt', 'ckpt.pt')] == [3, 3]
+    assert sorted(os.listdir(tmp_path)) == ['ckpt.pt', 'last.pt']
+
+
+def test_a_file_system_without_links(tmp_path, monkeypatch):
+    def no_links(*args):
+        raise OSError
+    monkeypatch.setattr(os, 'link', no_links)
+    checkpoint.save(tmp_path, make_state(small()), is_best=True)
+    assert checkpoint.load(tmp_path / 'ckpt.pt')['iter_num'] == 7
+    assert not os.path.samefile(tmp_path / 'last.pt', tmp_path / 'ckpt.pt')
+
+
+@pytest.mark.parametrize('prefix, step', [('_orig_mod.', 'tensor'), ('', 'missing')])
+def test_nanogpts_own_checkpoint_opens(tmp_path, prefix, step):
+    """In its layout: compiled prefixes, the mask of its oldest ones, best_val_loss a tensor, no keys of ours."""
+    model, idx = small(bias=False), random_ids(2, 16)
+    state = {prefix + key: value for key, value in model.state_dict().items()}
+    for layer in range(SMALL['n_layer']):
+        state[f'{prefix}transformer.h.{layer}.attn.bias'] = torch.ones(1, 1, 16, 16).tril()
+    torch.save({'model': state, 'optimizer': torch.optim.AdamW([torch.zeros(2)]).state_dict(), 'iter_num': 250,
+                'model_args': dict(n_layer=2, n_head=3, n_embd=24, block_size=16, bias=False, vocab_size=23, dropout=0.0),
+                'best_val_loss': torch.tensor(1.9), 'config': {'dataset': 'nowhere'}}, tmp_path / 'ckpt.pt')
+    loaded, state, _ = checkpoint.load_for_sampling(tmp_path)
+    assert torch.equal(all_logits(model, idx), all_logits(loaded, idx))
+    assert checkpoint.data_meta(state) is None
+
+
+def test_the_optimizer_goes_on_with_its_moments_and_the_new_hyperparameters():
+    model, idx = small(), random_ids(2, 8)
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
+    model(idx, idx)[1].backward()
+    optimizer.step()
+    fresh = model.configure_optimizers(0.2, 5e-4, (0.8, 0.99), 'cpu')
+    saved = make_state(model, optimizer)
+    for group in saved['optimizer']['param_groups']:
+        del group['fused']  # as an older PyTorch writes it
+    checkpoint.load_optimizer(fresh, saved)
+    for p in model.parameters():
+        assert torch.equal(fresh.state[p]['exp_avg'], optimizer.state[p]['exp_avg'])
+    group = fresh.param_groups[0]
+    assert (group['lr'], group['betas'], group['weight_decay'], group['fused']) == (5e-4, (0.8, 0.99), 0.2, True)
+    fresh.step()
+
+
+def test_cropping_crops_the_optimizer_too():
+    model, idx = small(), random_ids(2, 8)
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
+    model(idx, idx)[1].backward()
+    optimizer.step()
+    before = optimizer.state[model.transformer.wpe.weight]['exp_avg'].clone()
+    checkpoint.crop_block_size(model, optimizer, 8)
+    assert torch.equal(optimizer.state[model.transformer.wpe.weight]['exp_avg'], before[:8])
+    optimizer.zero_grad()
+    model(idx, idx)[1].backward()
+    optimizer.step()
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_hostile_checkpoint_is_refused_and_runs_nothing(tmp_path):
+    touched = tmp_path / 'touched'
+    torch.save(make_state(small(), meta=Payload(touched)), tmp_path / 'ckpt.pt')
+    with pytest.raises(UserError, match='ckpt.pt'):
+        checkpoint.load(tmp_path / 'ckpt.pt')
+    assert not touched.exists()
+    torch.load(tmp_path / 'ckpt.pt', weights_only=False)  # the payload is real
+    assert touched.exists()
+
+
+def test_what_is_no_checkpoint_is_named(tmp_path):
+    path = tmp_path / 'ckpt.pt'
+    with pytest.raises(UserError, match='no ckpt.pt or last.pt'):
+        checkpoint.load_for_sampling(tmp_path)
+    for content in (b'', b'junk'):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match='ckpt.pt'):
+            checkpoint.load(path)
+    torch.save([1, 2], path)
+    with pytest.raises(UserError, match='lacks model and model_args'):
+        checkpoint.load(path)
+
+
+def test_weights_that_do_not_fit_are_named():
+    state = make_state(small())
+    with pytest.raises(UserError, match='wpe'):
+        checkpoint.build_model(state | {'model_args': state['model_args'] | {'block_size': 8}})
+    with pytest.raises(UserError, match='rotary'):
+        checkpoint.build_model(state | {'model_args': state['model_args'] | {'rotary': True}})
+    del state['model']['transformer.ln_f.weight']
+    with pytest.raises(UserError, match='ln_f'):
+        checkpoint.build_model(state)
+
+
+def test_set_aside(tmp_path):
+    def files(folder):
+        return {path.name: path.read_text() for path in folder.iterdir() if path.is_file()} if folder.exists() else None
+
+    checkpoint.set_aside(tmp_path)
+    assert files(tmp_path) == {} and files(tmp_path / 'previous') is None
+    for name in ('last.pt', 'ckpt.pt', 'metrics.jsonl'):
+        (tmp_path / name).write_text('first')
+    (tmp_path / 'notes.txt').write_text('mine')
+    checkpoint.set_aside(tmp_path)
+    assert files(tmp_path) == {'notes.txt': 'mine'}
+    assert files(tmp_path / 'previous') == {'last.pt': 'first', 'ckpt.pt': 'first', 'metrics.jsonl': 'first'}
+    (tmp_path / 'metrics.jsonl').write_text('a run that was stopped at once')
+    checkpoint.set_aside(tmp_path)
+    assert files(tmp_path) == {'notes.txt': 'mine'} and files(tmp_path / 'previous')['metrics.jsonl'] == 'first'
+    (tmp_path / 'ckpt.pt').write_text('second')
+    checkpoint.set_aside(tmp_path)
+    assert files(tmp_path / 'previous') == {'ckpt.pt': 'second'}
+
+
+def test_a_model_of_nanogpts_defaults_is_124m():
+    with torch.device('meta'):
+        assert GPT(GPTConfig()).get_num_params() == 124_439_808 - 1024 * 768 + (50304 - 50257) * 768

@@ -1,0 +1,303 @@
+import math
+
+import naive
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import GPT, GPTConfig, KVCache, alibi_bias, alibi_slopes, sample_logits
+
+SMALL = dict(block_size=16, vocab_size=23, n_layer=2, n_head=3, n_embd=24)
+
+
+def small(seed=0, std=0.2, **options):
+    """A small model in eval mode; std: weights drawn larger than for training, so that every part matters."""
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(**SMALL | options)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(std * torch.randn_like(p))
+    return model
+
+
+def random_ids(B, T, vocab_size=SMALL['vocab_size'], seed=1):
+    return torch.randint(vocab_size, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def all_logits(model, idx):
+    return model(idx, targets=idx)[0]
+
+
+# the model against the naive one
+
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('use_alibi, T', [(False, 1), (False, 16), (True, 16), (True, 40)])
+def test_logits_equal_the_naive_model(bias, use_alibi, T):
+    model = small(bias=bias, use_alibi=use_alibi)
+    idx = random_ids(2, T)
+    for row, logits in zip(idx, all_logits(model, idx)):
+        torch.testing.assert_close(logits.double(), naive.logits(model.state_dict(), model.config, row.tolist()),
+                                   rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('use_alibi', [False, True])
+def test_gradients_equal_the_naive_model(use_alibi):
+    model, idx = small(use_alibi=use_alibi), random_ids(1, 12)
+    _, loss = model(idx[:, :-1], idx[:, 1:])
+    loss.backward()
+    state = {key: value.detach().clone().requires_grad_() for key, value in model.state_dict().items()}
+    del state['lm_head.weight']  # tied
+    F.cross_entropy(naive.logits(state, model.config, idx[0, :-1].tolist()), idx[0, 1:]).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, state[name].grad, rtol=1e-3, atol=1e-5, msg=lambda m: f"{name}: {m}")
+
+
+def test_loss_is_the_mean_over_targets_and_ignores_minus_one():
+    model, idx = small(), random_ids(2, 8)
+    targets = random_ids(2, 8, seed=2)
+    targets[0, :5] = -1
+    logits, loss = model(idx, targets)
+    assert logits.shape == (2, 8, SMALL['vocab_size'])
+    log_probs = logits.log_softmax(-1)
+    expected = [-log_probs[b, t, targets[b, t]].item() for b in range(2) for t in range(8) if targets[b, t] >= 0]
+    assert loss.item() == pytest.approx(sum(expected) / len(expected), abs=1e-5)
+
+
+def test_without_targets_only_the_last_position():
+    model, idx = small(), random_ids(2, 8)
+    logits, loss = model(idx)
+    assert loss is None and logits.shape == (2, 1, SMALL['vocab_size'])
+    torch.testing.assert_close(logits[:, 0], all_logits(model, idx)[:, -1])
+
+
+@pytest.mark.parametrize('use_alibi', [False, True])
+def test_the_future_does_not_matter(use_alibi):
+    model, idx = small(use_alibi=use_alibi), random_ids(1, 16)
+    changed = idx.clone()
+    changed[0, 10] = (idx[0, 10] + 1) % SMALL['vocab_size']
+    before, after = all_logits(model, idx), all_logits(model, changed)
+    torch.testing.assert_close(before[:, :10], after[:, :10])
+    assert not torch.allclose(before[:, 10:], after[:, 10:])
+
+
+# initialization and training
+
+def test_initial_loss_is_near_ln_vocab():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=64, vocab_size=1000, n_layer=4, n_head=4, n_embd=64))
+    idx = random_ids(8, 65, 1000)
+    assert model(idx[:, :-1], idx[:, 1:])[1].item() == pytest.approx(math.log(1000), abs=0.1)
+
+
+def test_initialization_is_gpt2s():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=64, vocab_size=500, n_layer=8, n_head=4, n_embd=128))
+    for name, p in model.named_parameters():
+        if name.endswith('c_proj.weight'):
+            assert p.std().item() == pytest.approx(0.02 / 4, rel=0.05), name  # 1 / sqrt(2 * 8) = 1 / 4
+        elif p.dim() == 2:
+            assert p.std().item() == pytest.approx(0.02, rel=0.05), name
+        else:
+            assert (p == ('ln' in name and name.endswith('weight'))).all(), name
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+@pytest.mark.parametrize('use_alibi', [False, True])
+def test_a_batch_overfits(use_alibi):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SMALL, use_alibi=use_alibi))
+    optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu')
+    idx = random_ids(4, 17)
+    for _ in range(150):
+        _, loss = model(idx[:, :-1], idx[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.1
+
+
+def test_only_matrices_decay():
+    model = small(bias=True)
+    decay, rest = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu').param_groups
+    assert decay['weight_decay'] == 0.1 and all(p.dim() == 2 for p in decay['params'])
+    assert rest['weight_decay'] == 0.0 and all(p.dim() == 1 for p in rest['params'])
+    assert len(decay['params']) + len(rest['params']) == len(list(model.parameters()))
+
+
+def test_fused_adamw_equals_the_formula():
+    """One step of AdamW (Loshchilov and Hutter 2019) by hand."""
+    model = small()
+    optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu')
+    idx = random_ids(2, 8)
+    model(idx, idx)[1].backward()
+    weight = model.transformer.h[0].mlp.c_fc.weight
+    before, g = weight.detach().clone(), weight.grad.clone()
+    optimizer.step()
+    m, v = 0.1 * g / (1 - 0.9), 0.05 * g ** 2 / (1 - 0.95)
+    torch.testing.assert_close(weight.detach(), before * (1 - 1e-2 * 0.1) - 1e-2 * m / (v.sqrt() + 1e-8))
+
+
+def test_dropout_is_off_in_eval_and_on_in_training():
+    model, idx = small(dropout=0.5), random_ids(1, 16)
+    assert torch.equal(model(idx)[0], model(idx)[0])
+    model.train()
+    assert not torch.equal(model(idx)[0], model(idx)[0])
+
+
+# sizes
+
+@pytest.mark.parametrize('options, words', [
+    (dict(n_embd=25), ['25', '3']), (dict(n_layer=0), ['n_layer', '0']), (dict(dropout=1.0), ['dropout', '1.0']),
+    (dict(vocab_size=-1), ['vocab_size', '-1'])])
+def test_bad_sizes_raise_with_the_numbers(options, words):
+    with pytest.raises(ValueError) as error:
+        GPTConfig(**SMALL | options)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_too_long_a_sequence_raises_with_both_numbers():
+    with pytest.raises(ValueError, match='17 .*16'):
+        small()(random_ids(1, 17))
+
+
+def test_parameter_counts_are_gpt2s():
+    """124M and so on, as OpenAI's weights have them."""
+    for (n_layer, n_head, n_embd), count in {(12, 12, 768): 124_439_808, (24, 16, 1024): 354_823_168,
+                                             (36, 20, 1280): 774_030_080, (48, 25, 1600): 1_557_611_200}.items():
+        with torch.device('meta'):
+            model = GPT(GPTConfig(1024, 50257, n_layer, n_head, n_embd))
+        assert model.get_num_params(non_embedding=False) == count
+        assert model.get_num_params() == count - 1024 * n_embd
+
+
+def test_crop_block_size_keeps_the_first_positions():
+    model, idx = small(), random_ids(1, 8)
+    before = all_logits(model, idx)
+    model.crop_block_size(8)
+    assert torch.equal(before, all_logits(model, idx))
+    assert model.state_dict()['transformer.wpe.weight'].shape == (8, SMALL['n_embd'])
+    with pytest.raises(ValueError, match='8 to 9'):
+        model.crop_block_size(9)
+
+
+def test_mfu_counts_as_palm_does():
+    model = small()
+    n = model.get_num_params()
+    per_token = 6 * n + 12 * 2 * 3 * 8 * 16  # layers, heads, channels of a head, block_size
+    assert model.estimate_mfu(5, 0.5, 1e9) == pytest.approx(per_token * 16 * 5 / 0.5 / 1e9)
+
+
+def test_state_dict_names_are_nanogpts():
+    block = ['ln_1.weight', 'ln_1.bias', 'attn.c_attn.weight', 'attn.c_attn.bias', 'attn.c_proj.weight',
+             'attn.c_proj.bias', 'ln_2.weight', 'ln_2.bias', 'mlp.c_fc.weight', 'mlp.c_fc.bias', 'mlp.c_proj.weight',
+             'mlp.c_proj.bias']
+    expected = (['transformer.wte.weight', 'transformer.wpe.weight']
+                + [f'transformer.h.{i}.{name}' for i in range(2) for name in block]
+                + ['transformer.ln_f.weight', 'transformer.ln_f.bias', 'lm_head.weight'])
+    assert list(small().state_dict()) == expected
+    expected.remove('transformer.wpe.weight')
+    assert list(small(use_alibi=True).state_dict()) == expected
+
+
+# ALiBi
+
+def test_alibi_slopes_are_the_papers():
+    for n in range(1, 65):
+        assert alibi_slopes(n).tolist() == pytest.approx(naive.slopes(n), rel=1e-6)
+    with pytest.raises(ValueError, match='0'):
+        alibi_slopes(0)
+
+
+def test_alibi_bias_is_the_formula():
+    bias = alibi_bias(torch.tensor([1 / 16, 1 / 256]), T=2, S=4)  # the last two of four tokens
+    assert bias.shape == (1, 2, 2, 4)
+    for h, slope in enumerate([1 / 16, 1 / 256]):
+        assert bias[0, h, 0].tolist() == [-slope * 2, -slope, 0, -math.inf]
+        assert bias[0, h, 1].tolist() == [-slope * 3, -slope * 2, -slope, 0]
+
+
+# generation
+
+@pytest.mark.parametrize('use_alibi, T', [(False, 16), (True, 48)])
+@pytest.mark.parametrize('pieces', ['prompt, then one by one', 'in threes'])
+def test_cached_logits_equal_uncached_ones(use_alibi, T, pieces):
+    model, idx = small(use_alibi=use_alibi, std=0.05), random_ids(2, T)
+    full = all_logits(model, idx)
+    cache = KVCache(T)  # under autograd, to see that it works there too
+    sizes = [T - 5, 1, 1, 1, 1, 1] if pieces == 'prompt, then one by one' else [3] * (T // 3) + [T % 3] * (T % 3 > 0)
+    end = 0
+    for size in sizes:
+        logits, _ = model(idx[:, end:end + size], cache=cache)
+        end += size
+        torch.testing.assert_close(logits[:, 0], full[:, end - 1], rtol=0, atol=1e-5)
+    assert cache.length == end == T
+    with pytest.raises(ValueError):
+        model(idx[:, :1], cache=cache)
+
+
+@pytest.mark.parametrize('use_alibi', [False, True])
+@pytest.mark.parametrize('T', [3, 16, 20])
+def test_generate_equals_a_full_forward_for_each_token(use_alibi, T):
+    """Past block_size too: there learned positions see the last block_size tokens, ALiBi all of them."""
+    model, idx = small(use_alibi=use_alibi), random_ids(2, T)
+    expected = idx
+    for _ in range(30):
+        context = expected if use_alibi else expected[:, -SMALL['block_size']:]
+        expected = torch.cat((expected, all_logits(model, context)[:, -1].argmax(-1, keepdim=True)), dim=1)
+    assert torch.equal(model.generate(idx, 30, temperature=0), expected)
+    assert torch.equal(model.generate(idx, 30, temperature=0, use_cache=False), expected)
+
+
+def test_a_row_does_not_depend_on_the_others():
+    model, idx = small(), random_ids(3, 4)
+    generators = [torch.Generator().manual_seed(i) for i in range(3)]
+    together = model.generate(idx, 25, top_k=5, generators=generators)
+    alone = [model.generate(idx[i:i + 1], 25, top_k=5, generators=[torch.Generator().manual_seed(i)]) for i in range(3)]
+    assert torch.equal(together, torch.cat(alone))
+
+
+def test_stop_ends_each_row_and_then_all():
+    model, idx = small(std=0.05), random_ids(4, 4)
+    free = model.generate(idx, 200, generators=[torch.Generator().manual_seed(i) for i in range(4)])
+    stopped = model.generate(idx, 200, stop=7, generators=[torch.Generator().manual_seed(i) for i in range(4)])
+    first = [row[4:].tolist().index(7) for row in free]
+    assert stopped.size(1) == 4 + max(first) + 1
+    for before, after, n in zip(free, stopped, first):
+        assert torch.equal(before[:4 + n], after[:4 + n]) and (after[4 + n:] == 7).all()
+
+
+def test_padding_of_the_vocabulary_is_never_sampled():
+    model = small()
+    ids = model.generate(random_ids(8, 4, 10), 100, temperature=5.0, vocab_size=10)
+    assert ids.max() == 9
+    assert model.generate(random_ids(8, 4, 10), 100, temperature=5.0).max() > 9
+
+
+def test_sampling_follows_temperature_and_top_k():
+    logits = torch.tensor([[1.0, 2.0, 3.0, 0.0]]).repeat(20000, 1)
+    torch.manual_seed(0)
+    counts = sample_logits(logits, temperature=0.5, top_k=3).flatten().bincount(minlength=4) / 20000
+    expected = torch.tensor([math.exp(2), math.exp(4), math.exp(6), 0])
+    torch.testing.assert_close(counts, expected / expected.sum(), rtol=0, atol=0.01)
+    assert (sample_logits(logits, temperature=0) == 2).all()
+    assert (sample_logits(logits * 1e4, temperature=1e-40) == 2).all()  # no overflow
+    assert (sample_logits(logits, top_k=1000) < 4).all()
+
+
+def test_an_empty_prompt_raises():
+    with pytest.raises(ValueError, match='at least one token'):
+        small().generate(random_ids(1, 0), 5)
+
+
+@pytest.mark.slow
+def test_compiled_training_step_equals_eager():
+    """torch.compile changes nothing but the speed."""
+    losses = []
+    for compiled in (False, True):
+        model = small(std=0.02, dropout=0.0, use_alibi=True).train()
+        step = torch.compile(model) if compiled else model
+        idx = random_ids(2, 17)
+        _, loss = step(idx[:, :-1], idx[:, 1:])
+        loss.backward()
+        losses.append((loss.item(), model.lm_head.weight.grad.norm().item()))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)

@@ -1,0 +1,68 @@
+import pytest
+import torch
+
+import runtime
+from runtime import UserError, derive_seed, resolve
+
+
+def test_auto_on_a_machine_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: False)
+    run = resolve()
+    assert (run.device.type, run.dtype, run.compile, run.world_size, run.is_master) == ('cpu', 'float32', False, 1, True)
+
+
+@pytest.mark.parametrize('has_bf16, dtype', [(True, 'bfloat16'), (False, 'float16')])
+def test_auto_with_a_gpu(monkeypatch, has_bf16, dtype):
+    """What would be chosen; no GPU is needed to ask."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda: has_bf16)
+    run = resolve()
+    assert (run.device.type, run.dtype, run.compile) == ('cuda', dtype, True)
+    assert not resolve(compile=False).compile and resolve(dtype='float32').dtype == 'float32'
+
+
+def test_auto_on_a_mac(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
+    run = resolve()
+    assert (run.device.type, run.dtype, run.compile) == ('mps', 'float32', False)
+
+
+@pytest.mark.parametrize('options, words', [
+    (dict(device='gpu'), ["'gpu'", 'cuda']), (dict(device='cpu:x'), ["'cpu:x'"]), (dict(dtype='fp8'), ["'fp8'", 'bfloat16']),
+    (dict(compile='yes'), ["'yes'"]), (dict(device=True), ['True'])])
+def test_unknown_choices_are_named(options, words):
+    with pytest.raises(UserError) as error:
+        resolve(**options)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_a_missing_gpu_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    with pytest.raises(UserError, match='device=cuda.*--device=cpu'):
+        resolve(device='cuda')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    with pytest.raises(UserError, match='cuda:2.*2 GPUs'):
+        resolve(device='cuda:2')
+
+
+def test_seeds_differ_by_seed_purpose_and_index_and_nothing_else():
+    seeds = [derive_seed(s, p, i) for s in (1, 2) for p in range(6) for i in range(20)]
+    torch.randn(5)  # whatever is drawn between
+    assert seeds == [derive_seed(s, p, i) for s in (1, 2) for p in range(6) for i in range(20)]
+    assert len(set(seeds)) == len(seeds) == 240
+    assert all(0 <= s < 2 ** 64 for s in seeds)
+    assert derive_seed(1337, runtime.TRAIN_BATCH, 5) == 3792733761632240483  # a change would change everybody's runs
+
+
+@pytest.mark.parametrize('name, peak', [
+    ('NVIDIA A100-SXM4-80GB', 312e12), ('NVIDIA H100 80GB HBM3', 989e12), ('NVIDIA H200', 989e12), ('NVIDIA L4', 121e12),
+    ('NVIDIA L40S', 362e12), ('NVIDIA H100 PCIe', 756e12), ('NVIDIA GeForce RTX 4090', 165e12), ('Some GPU', None)])
+def test_peak_flops_by_name(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: name)
+    run = runtime.Runtime(torch.device('cuda'), 'bfloat16', True)
+    assert runtime.peak_flops(run) == peak
+    assert runtime.peak_flops(run._replace(dtype='float32')) is None
+    assert runtime.peak_flops(run._replace(device=torch.device('cpu'))) is None
