@@ -1,0 +1,88 @@
+"""How long a training step takes, against a plain one written as nanoGPT writes it: python tests/bench_step.py
+
+Both train the same model (config/train_shakespeare_char_cpu.py's sizes) from the same weights on the same batches,
+alternately in blocks in one run. Plain: torch.optim.AdamW as it comes, clip, a batch stacked sample by sample.
+Prints the median time of each, their ratio with its spread over the blocks, and the largest difference of the losses.
+"""
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from dataset import draw_batch  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
+from runtime import DROPOUT, TRAIN_BATCH, derive_seed  # noqa: E402
+
+B, T, V = 12, 64, 65
+DATA = np.random.default_rng(0).integers(V, size=1_000_000).astype('<u2')
+
+
+def make_model():
+    torch.manual_seed(0)
+    return GPT(GPTConfig(block_size=T, vocab_size=V, n_layer=4, n_head=4, n_embd=128, bias=False))
+
+
+def plain_step():
+    """A function that makes update k, the plain way, and returns the loss."""
+    model = make_model()
+    decay = [p for p in model.parameters() if p.dim() >= 2]
+    rest = [p for p in model.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW([{'params': decay, 'weight_decay': 0.1}, {'params': rest, 'weight_decay': 0.0}],
+                                  lr=1e-3, betas=(0.9, 0.99))
+
+    def step(k):
+        starts = np.random.default_rng(derive_seed(1337, TRAIN_BATCH, k)).integers(len(DATA) - T, size=B)
+        x = torch.stack([torch.from_numpy(DATA[i:i + T].astype(np.int64)) for i in starts])
+        y = torch.stack([torch.from_numpy(DATA[i + 1:i + 1 + T].astype(np.int64)) for i in starts])
+        _, loss = model(x, y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+    return step
+
+
+def our_step():
+    """The same as train.py does it."""
+    model = make_model()
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), 'cpu')
+
+    def step(k):
+        x, y = draw_batch(DATA, B, T, V, derive_seed(1337, TRAIN_BATCH, k))
+        torch.manual_seed(derive_seed(1337, DROPOUT, k))
+        _, loss = model(x, y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+    return step
+
+
+def main(blocks=20, steps=20):
+    sides = {'plain': plain_step(), 'ours': our_step()}
+    losses = {name: [step(k) for k in range(steps)] for name, step in sides.items()}  # warm-up
+    print(f"largest difference of the losses over {steps} steps: "
+          f"{max(abs(a - b) for a, b in zip(*losses.values())):.1e}")
+    times = {name: [] for name in sides}
+    for block in range(blocks):
+        for name, step in sides.items():
+            start = time.perf_counter()
+            for k in range(steps):
+                step(k)
+            times[name].append((time.perf_counter() - start) / steps)
+    ratios = [ours / plain for ours, plain in zip(times['ours'], times['plain'])]
+    for name in sides:
+        print(f"{name}: {1000 * statistics.median(times[name]):.2f} ms a step")
+    low, _, high = statistics.quantiles(ratios, n=4)
+    print(f"ours / plain: {statistics.median(ratios):.3f} (middle half {low:.3f} to {high:.3f}), "
+          f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+
+
+if __name__ == '__main__':
+    main()
