@@ -71,20 +71,23 @@ def run_config_file(path, settings, defaults, skip_unknown=False):
     return {key: check_type(key, names.get(key), defaults[key]) for key in settings}
 
 
-def configure(arguments, defaults, skip_unknown=False):
+def configure(arguments, defaults, skip_unknown=False, plain_argument=None):
     """The settings, a dict by name: their defaults, overridden by command line arguments. Raises ConfigError.
 
     skip_unknown: pass over what a config file sets and this script does not have, with a note.
+    plain_argument: the name of the setting that an argument without -- or .py is for, in scripts that have one.
     """
     settings = dict(defaults)
     arguments = list(arguments)
     while arguments:
         argument = arguments.pop(0)
-        if not argument.startswith('--'):
-            if not argument.endswith('.py'):
-                raise ConfigError(f"what is {argument!r}? Settings are --key=value, config files end in .py")
+        if argument.endswith('.py') and not argument.startswith('--'):
             settings = run_config_file(argument, settings, defaults, skip_unknown)
             continue
+        if not argument.startswith('-') and plain_argument:
+            argument = f'--{plain_argument}={argument}'
+        if not argument.startswith('--'):
+            raise ConfigError(f"what is {argument!r}? Settings are --key=value, config files end in .py")
         key, equals, text = argument[2:].partition('=')
         check_key(key, settings)
         if not equals:
@@ -108,6 +111,7 @@ if __name__ == '__main__':  # executed by a script, in its namespace; imported f
         print(help_text(script.read_text(encoding='utf-8'), script_settings))
         sys.exit()
     try:
-        globals().update(configure(sys.argv[1:], script_settings, skip_unknown=script.name != 'train.py'))
+        globals().update(configure(sys.argv[1:], script_settings, skip_unknown=script.name != 'train.py',
+                                   plain_argument=globals().get('_plain_argument')))
     except ConfigError as error:
         sys.exit(f"error: {error}")

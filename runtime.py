@@ -90,6 +90,8 @@ def resolve(device='auto', dtype='auto', compile='auto') -> Runtime:
     if compile not in ('auto', True, False):
         raise UserError(f"compile must be auto, True or False, got {compile!r}")
     torch.set_float32_matmul_precision('high')  # float32 products on tensor cores (TF32), where there are any
+    if kind == 'cpu':  # e^-90 from ALiBi's far keys would take the CPU's slow path for numbers below 1e-38; threads
+        torch.set_flush_denormal(True)  # inherit this at their start, so it comes before the first tensor operation
     return Runtime(torch.device(device), dtype, kind == 'cuda' if compile == 'auto' else compile)
 
 

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import runtime
 from dataset import atomic_write, draw_batch, load_meta, load_split
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, alibi_kernel
 from runtime import UserError, derive_seed
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -237,6 +237,10 @@ def train():
         if run.is_master:
             print_differences(saved['config'], config)
     raw_model.to(run.device)
+    positions = 'learned'
+    if raw_model.config.use_alibi:
+        raw_model.alibi_kernel = alibi_kernel(run.device.type, run.compile, dropout)
+        positions = f'ALiBi, computed by {raw_model.alibi_kernel}'
     optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), run.device.type)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == 'float16')
     if saved:
@@ -252,7 +256,7 @@ def train():
     tokens_per_iter = gradient_accumulation_steps * batch_size * T
     say(f"data/{dataset}: {len(splits['train']):,} train tokens, {len(splits['val']):,} val tokens")
     say(f"number of parameters: {raw_model.get_num_params() / 1e6:.2f}M, vocabulary: {vocab_size}, "
-        f"positions: {'ALiBi' if raw_model.config.use_alibi else 'learned'}")
+        f"positions: {positions}")
     say(f"tokens per iteration: {tokens_per_iter:,} = {gradient_accumulation_steps} micro-batches x {batch_size} sequences "
         f"x {T} tokens; {max_iters:,} iterations make {max_iters * tokens_per_iter / len(splits['train']):.2f} epochs")
 

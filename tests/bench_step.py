@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import runtime  # noqa: E402
 from dataset import draw_batch  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from runtime import DROPOUT, TRAIN_BATCH, derive_seed  # noqa: E402
@@ -64,11 +65,8 @@ def our_step():
     return step
 
 
-def main(blocks=20, steps=20):
-    sides = {'plain': plain_step(), 'ours': our_step()}
-    losses = {name: [step(k) for k in range(steps)] for name, step in sides.items()}  # warm-up
-    print(f"largest difference of the losses over {steps} steps: "
-          f"{max(abs(a - b) for a, b in zip(*losses.values())):.1e}")
+def alternate(sides, blocks, steps):
+    """Run each side's step(k) `steps` times, block after block in turn: the seconds a step, a list by name."""
     times = {name: [] for name in sides}
     for block in range(blocks):
         for name, step in sides.items():
@@ -76,12 +74,26 @@ def main(blocks=20, steps=20):
             for k in range(steps):
                 step(k)
             times[name].append((time.perf_counter() - start) / steps)
-    ratios = [ours / plain for ours, plain in zip(times['ours'], times['plain'])]
+    return times
+
+
+def ratio(times, name, base):
+    """The median over the blocks of name's time against base's, with the middle half."""
+    low, median, high = statistics.quantiles([a / b for a, b in zip(times[name], times[base])], n=4)
+    return f"{name} / {base}: {median:.3f} (middle half {low:.3f} to {high:.3f})"
+
+
+def main(blocks=20, steps=20):
+    runtime.resolve('cpu')
+    sides = {'plain': plain_step(), 'ours': our_step()}
+    losses = {name: [step(k) for k in range(steps)] for name, step in sides.items()}  # warm-up
+    print(f"largest difference of the losses over {steps} steps: "
+          f"{max(abs(a - b) for a, b in zip(*losses.values())):.1e}")
+    times = alternate(sides, blocks, steps)
     for name in sides:
         print(f"{name}: {1000 * statistics.median(times[name]):.2f} ms a step")
-    low, _, high = statistics.quantiles(ratios, n=4)
-    print(f"ours / plain: {statistics.median(ratios):.3f} (middle half {low:.3f} to {high:.3f}), "
-          f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(ratio(times, 'ours', 'plain'))
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
 
 
 if __name__ == '__main__':

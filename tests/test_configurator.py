@@ -113,6 +113,12 @@ def test_other_scripts_skip_what_they_lack(tmp_path, capsys):
         configure(['--n_layer=3'], DEFAULTS, skip_unknown=True)
 
 
+def test_a_plain_argument_is_for_the_setting_that_the_script_names():
+    assert configure(['out-x', '--max_iters=3'], DEFAULTS, plain_argument='out_dir')['out_dir'] == 'out-x'
+    with pytest.raises(ConfigError, match='out-x'):
+        configure(['out-x'], DEFAULTS)
+
+
 def test_help_has_each_setting_with_default_and_comment():
     text = help_text('"""What it does."""\nsteps = 5   # so many\nname = "x"\n', {'steps': 5, 'name': 'x'})
     assert text.startswith('What it does.')

@@ -1,0 +1,186 @@
+"""ALiBi against independent implementations: a naive loop, and the models that transformers has."""
+import pytest
+import torch
+import torch.nn.functional as F
+from naive import slopes as naive_slopes
+from test_model import all_logits, random_ids, small
+
+import model as model_module
+from model import alibi_bias, alibi_flex, alibi_kernel, alibi_slopes, attend
+
+HEADS = (1, 4, 6, 12, 20, 25)
+LENGTHS = (1, 7, 64, 1024)
+
+
+def naive_attention(q, k, v, slopes):
+    """q, k, v (H, T, D), row after row: score (i, j) is q_i . k_j / sqrt(D) - slope (i - j), softmax over j <= i."""
+    H, T, D = q.shape
+    rows = []
+    for i in range(T):
+        scores = (k[:, :i + 1] * q[:, i:i + 1]).sum(-1) / D ** 0.5              # (H, i + 1)
+        scores = scores - slopes[:, None] * torch.tensor([i - j for j in range(i + 1)])
+        rows.append((scores.softmax(-1)[:, :, None] * v[:, :i + 1]).sum(1))     # (H, D)
+    return torch.stack(rows, dim=1)
+
+
+def our_attention(q, k, v, slopes):
+    """As CausalSelfAttention computes it."""
+    bias = alibi_bias(slopes, q.size(1), k.size(1)).to(q.dtype)
+    return attend(q[None], k[None], v[None], bias)[0]
+
+
+def outputs_and_gradients(attention, q, k, v, slopes, weight):
+    q, k, v = (x.clone().requires_grad_() for x in (q, k, v))
+    out = attention(q, k, v, slopes)
+    (out * weight).sum().backward()
+    return [out.detach().double(), q.grad.double(), k.grad.double(), v.grad.double()]
+
+
+@pytest.mark.parametrize('H', HEADS)
+@pytest.mark.parametrize('T', LENGTHS)
+def test_attention_equals_the_naive_loop(H, T):
+    """In float64 the loop, in float32 and bfloat16 the kernel. bfloat16 may err as much as plain attention in it."""
+    torch.manual_seed(0)
+    q, k, v, weight = torch.randn(4, H, T, 16)
+    slopes = torch.tensor(naive_slopes(H), dtype=torch.float64)
+    expected = outputs_and_gradients(naive_attention, q.double(), k.double(), v.double(), slopes, weight.double())
+    ours = outputs_and_gradients(our_attention, q, k, v, alibi_slopes(H), weight)
+    for a, b in zip(ours, expected):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+    q, k, v, weight = (x.bfloat16() for x in (q, k, v, weight))
+    exact = outputs_and_gradients(naive_attention, q.double(), k.double(), v.double(), slopes, weight.double())
+    ours = outputs_and_gradients(our_attention, q, k, v, alibi_slopes(H), weight)
+    for a, b in zip(ours, exact):  # 8 bits: 2^-8 of what is added up
+        error, scale = (a - b).square().mean().sqrt(), b.square().mean().sqrt()
+        assert error <= 2 ** -8 * scale + 2 ** -8, f"{error:.1e} of {scale:.1e}"
+
+
+def test_the_naive_loop_sees_a_wrong_slope():
+    """The comparison above can fail: with slopes off by a hundredth, or counted from the wrong end, it does."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 4, 64, 16)
+    exact = naive_attention(q, k, v, torch.tensor(naive_slopes(4)))
+    for slopes in (alibi_slopes(4) * 1.01, alibi_slopes(4).flip(0)):
+        assert (our_attention(q, k, v, slopes) - exact).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize('H', range(1, 65))
+def test_slopes_equal_blooms_and_mpts(H):
+    from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+    from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
+    ours = alibi_slopes(H)
+    bloom = build_alibi_tensor(torch.ones(1, 2), H, torch.float32)              # (H, 1, 2): slope * j
+    torch.testing.assert_close(ours, bloom[:, 0, 1], rtol=0, atol=1e-6)
+    mpt = build_mpt_alibi_tensor(H, 2).flatten(1)                               # (H, 2): slope * (j - 1)
+    torch.testing.assert_close(ours, mpt[:, 1] - mpt[:, 0], rtol=0, atol=1e-6)
+
+
+def to_mpt(model):
+    """The same model as transformers' MptForCausalLM."""
+    from transformers import MptConfig, MptForCausalLM
+    config = model.config
+    peer = MptForCausalLM(MptConfig(d_model=config.n_embd, n_heads=config.n_head, n_layers=config.n_layer, expansion_ratio=4,
+                                    max_seq_len=65536, vocab_size=config.vocab_size, no_bias=True, resid_pdrop=0.0)).eval()
+    names = {'wte': 'wte', 'ln_f': 'norm_f', 'ln_1': 'norm_1', 'ln_2': 'norm_2', 'c_attn': 'Wqkv', 'c_fc': 'up_proj',
+             'mlp': 'ffn', 'h': 'blocks'}
+    state = {}
+    for key, value in model.state_dict().items():
+        parts = [names.get(part, part) for part in key.split('.')]
+        if 'c_proj' in parts:
+            parts[parts.index('c_proj')] = 'out_proj' if 'attn' in parts else 'down_proj'
+        state['.'.join(parts)] = value
+    peer.load_state_dict(state)
+    return peer
+
+
+@pytest.mark.parametrize('H', [1, 3, 4, 6])
+def test_logits_and_gradients_equal_mpts(H):
+    """Three times past block_size too."""
+    model = small(bias=False, use_alibi=True, n_head=H, std=0.1)
+    peer = to_mpt(model)
+    for T in (1, 16, 48):
+        idx = random_ids(2, T)
+        torch.testing.assert_close(all_logits(model, idx), peer(idx).logits, rtol=0, atol=1e-5)
+    idx = random_ids(2, 17)
+    _, loss = model(idx[:, :-1], idx[:, 1:])
+    loss.backward()
+    F.cross_entropy(peer(idx[:, :-1]).logits.flatten(0, 1), idx[:, 1:].flatten()).backward()
+    for ours, theirs in zip(model.transformer.h, peer.transformer.blocks):
+        torch.testing.assert_close(ours.attn.c_attn.weight.grad, theirs.attn.Wqkv.weight.grad, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(model.lm_head.weight.grad, peer.transformer.wte.weight.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize('T, S', [(300, 300), (513, 600), (1, 700)])
+def test_chunks_of_queries_behind_a_cache(T, S):
+    """The last T of S tokens get what they get when all S are computed at once."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, S, 16)
+    slopes = alibi_slopes(4)
+    whole = F.scaled_dot_product_attention(q, k, v, alibi_bias(slopes, S, S))
+    torch.testing.assert_close(attend(q[:, :, -T:], k, v, alibi_bias(slopes, T, S)), whole[:, :, -T:], rtol=0, atol=1e-5)
+
+
+# FlexAttention, CUDA's way: on the CPU its forward pass can be run
+
+def test_the_kernel_by_device():
+    assert alibi_kernel('cuda', compiled=True, dropout=0.0) == 'flex'
+    assert alibi_kernel('cuda', compiled=True, dropout=0.1) == 'sdpa'
+    assert alibi_kernel('cuda', compiled=False, dropout=0.0) == 'sdpa'
+    assert alibi_kernel('cpu', compiled=True, dropout=0.0) == 'sdpa'
+    assert alibi_kernel('mps', compiled=False, dropout=0.0) == 'sdpa'
+
+
+@torch.no_grad()
+def test_flex_equals_sdpa():
+    model = small(use_alibi=True, n_head=4, n_embd=64)
+    for T in (5, 16, 200):
+        idx = random_ids(2, T)
+        expected = all_logits(model, idx)
+        model.alibi_kernel = 'flex'
+        torch.testing.assert_close(all_logits(model, idx), expected, rtol=0, atol=1e-4)
+        model.alibi_kernel = 'sdpa'
+    model.alibi_kernel = 'flex'
+    assert torch.equal(model.generate(idx[:, :8], 20, temperature=0), small_copy(model).generate(idx[:, :8], 20, temperature=0))
+
+
+def small_copy(model):
+    copy = small(use_alibi=True, n_head=4, n_embd=64)
+    copy.load_state_dict(model.state_dict())
+    return copy
+
+
+def test_flex_computes_the_bias_where_it_is_needed():
+    """Nothing of size T x T: its mask is kept per block of 128 x 128 positions."""
+    flex = alibi_flex(alibi_slopes(2), 1024)
+    assert flex.block_mask.kv_indices.shape[-2:] == (8, 8)
+    score = flex.score_mod(torch.tensor(1.5), 0, 1, torch.tensor(7), torch.tensor(3))
+    assert score.item() == pytest.approx(1.5 - alibi_slopes(2)[1].item() * 4)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_compiled_flex_equals_sdpa():
+    model = small(use_alibi=True, n_head=4, n_embd=64)
+    idx = random_ids(2, 200)
+    expected = all_logits(model, idx)
+    model.alibi_kernel = 'flex'
+    torch.testing.assert_close(torch.compile(model)(idx, idx)[0], expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize('use_alibi', [False, True])
+def test_the_bias_is_not_kept_for_each_batch_element(use_alibi, monkeypatch):
+    """What reaches the kernel is (1, H, T, T) whatever the batch, and a single row for a token behind a cache."""
+    seen = []
+    original = F.scaled_dot_product_attention
+
+    def spy(q, k, v, mask, **options):
+        seen.append(None if mask is None else tuple(mask.shape))
+        return original(q, k, v, mask, **options)
+
+    monkeypatch.setattr(model_module.F, 'scaled_dot_product_attention', spy)
+    model = small(use_alibi=use_alibi)
+    model(random_ids(5, 12))
+    assert seen[-1] == ((1, 3, 12, 12) if use_alibi else None)
+    model.generate(random_ids(5, 12), 3)
+    assert seen[-1] == ((1, 3, 1, 14) if use_alibi else None)
