@@ -7,6 +7,7 @@ read without running any code that it might hold.
 import os
 import pickle
 import shutil
+import zipfile
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -28,8 +29,13 @@ def model_args(config: GPTConfig) -> dict:
 def save(out_dir, state: dict, is_best: bool):
     """Write state to out_dir/last.pt; with is_best to ckpt.pt too, as a hard link where the file system has them."""
     last, best = Path(out_dir) / 'last.pt', Path(out_dir) / 'ckpt.pt'
-    with atomic_write(last) as file:
-        torch.save(state, file)
+    try:
+        with atomic_write(last) as file:
+            torch.save(state, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # such as a full disk: torch.save puts an error of its own on top
+            raise error.__context__ from None
+        raise
     if is_best:
         link = best.with_name('ckpt.pt.tmp')
         link.unlink(missing_ok=True)
@@ -43,12 +49,18 @@ def save(out_dir, state: dict, is_best: bool):
 def load(path) -> dict:
     """Read a checkpoint, ours or nanoGPT's, to the CPU, running none of its code. Raises UserError for a bad one."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not look at the checksums
+        if damaged:
+            raise UserError(f"{path} is damaged: the checksum of {damaged} is wrong")
         state = torch.load(path, map_location='cpu', weights_only=True)
+    except (UserError, FileNotFoundError):
+        raise
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} is damaged, or holds more than tensors and plain values, which could run code: "
                         "it is not loaded") from error
     except Exception as error:  # damaged files raise almost anything
-        raise UserError(f"{path} can't be read as a checkpoint: {error!r}") from error
+        raise UserError(f"{path} is damaged or no checkpoint: {error!r}") from error
     missing = [key for key in ('model', 'model_args') if not isinstance(state, dict) or key not in state]
     if missing:
         raise UserError(f"{path} is no checkpoint of a GPT: it lacks {' and '.join(missing)}")
@@ -78,6 +90,26 @@ def build_model(state: dict, **overrides) -> GPT:
     return model
 
 
+def load_for_resume(out_dir) -> tuple[dict, Path]:
+    """The checkpoint to go on from, out_dir's last.pt, else ckpt.pt, and its file. Raises UserError for a bad one."""
+    path = find(out_dir, ('last.pt', 'ckpt.pt'))
+    try:
+        state = load(path)
+        missing = {'optimizer', 'iter_num', 'best_val_loss'} - state.keys()
+        if missing:
+            raise UserError(f"{path} can be sampled from but not resumed: it lacks {', '.join(sorted(missing))}")
+        return state, path
+    except UserError as error:
+        best = path.with_name('ckpt.pt')
+        try:
+            good = path != best and load(best)
+        except (UserError, FileNotFoundError):
+            good = None
+        if good:
+            raise UserError(f"{error}. {best} (iteration {good.get('iter_num')}) is good: to go on from it, remove {path}") from None
+        raise
+
+
 def load_for_sampling(out_dir) -> tuple[GPT, dict, Path]:
     """The model in out_dir's ckpt.pt, else last.pt, in eval mode; the checkpoint; and the file that it came from."""
     path = find(out_dir, ('ckpt.pt', 'last.pt'))
@@ -98,7 +130,11 @@ def load_optimizer(optimizer, state: dict):
         groups = [{**fresh, 'params': saved['params']}
                   for fresh, saved in zip(optimizer.param_groups, state['optimizer']['param_groups'], strict=True)]
         optimizer.load_state_dict({'state': state['optimizer']['state'], 'param_groups': groups})
-    except (KeyError, ValueError, TypeError) as error:
+        for p in [p for group in optimizer.param_groups for p in group['params']]:  # their number is all that it checks
+            for key in ('exp_avg', 'exp_avg_sq'):
+                if optimizer.state[p][key].shape != p.shape:
+                    raise ValueError(f"{key} of shape {tuple(optimizer.state[p][key].shape)} for {tuple(p.shape)}")
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"the checkpoint's optimizer state doesn't fit its model: {error!r}") from error
 
 

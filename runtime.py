@@ -1,7 +1,10 @@
 """Where a script runs: device, precision, seeds and the processes of a torchrun."""
+import errno
 import os
 import platform
+import signal
 import sys
+import time
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -26,11 +29,40 @@ class UserError(Exception):
 
 @contextmanager
 def one_line_errors():
-    """Around a script's work: a UserError ends it in one line and exit status 1. Bugs keep their traceback."""
+    """Around a script's work: a UserError or a full disk ends it in one line and exit status 1; a bug in a traceback."""
     try:
         yield
     except UserError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        sys.exit(f"error: {error}: make room; what was saved before is as it was")
+
+
+class StopSignal:
+    """Makes SIGTERM and SIGINT a request: `received` turns True, and the run stops where it can go on later.
+
+    A second signal ends the process at once. Within a second of the first it does not count, since torchrun passes on
+    to its processes what the terminal has sent them already.
+    """
+
+    def __init__(self):
+        self.received = False
+        self.time = 0.0
+        self.previous = {number: signal.signal(number, self.handle) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def handle(self, number, frame):
+        if self.received and time.monotonic() - self.time > 1:
+            os._exit(128 + number)
+        if not self.received:
+            self.received, self.time = True, time.monotonic()
+            os.write(2, f"\n{signal.Signals(number).name}: stopping after this iteration; again: at once\n".encode())
+
+    def restore(self):
+        """Give the signals back to who had them before."""
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
 
 
 class Runtime(NamedTuple):
@@ -62,6 +94,14 @@ class Runtime(NamedTuple):
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def any(self, *flags):
+        """For each of the flags, whether it is true in any of the processes."""
+        if self.world_size == 1:
+            return flags
+        tensor = torch.tensor(flags, dtype=torch.float32, device=self.device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return [flag > 0 for flag in tensor.tolist()]
 
     def __str__(self):
         name = torch.cuda.get_device_name(self.device) if self.device.type == 'cuda' else platform.machine()

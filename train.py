@@ -129,15 +129,22 @@ def print_differences(saved, current):
 
 
 @torch.no_grad()
-def evaluate(model, run, splits, get_batch):
-    """The mean loss of each split, over the same eval_iters batches at every call, shared among the processes."""
+def evaluate(model, run, splits, get_batch, signals):
+    """The mean loss of each split, over the same eval_iters batches at every call, shared among the processes.
+
+    None if a signal asks the run to stop before that is done.
+    """
     model.eval()
     means = {}
     for split, purpose in (('train', runtime.EVAL_TRAIN), ('val', runtime.EVAL_VAL)):
         losses = torch.zeros(eval_iters, device=run.device)         # each process fills in its own
-        for k in range(run.rank, eval_iters, run.world_size):
-            with run.autocast():
-                _, losses[k] = model(*get_batch(splits[split], purpose, k))
+        for first in range(0, eval_iters, run.world_size):
+            if any(run.any(signals.received)):
+                return None
+            k = first + run.rank
+            if k < eval_iters:
+                with run.autocast():
+                    _, losses[k] = model(*get_batch(splits[split], purpose, k))
         means[split] = run.all_reduce_sum(losses).mean().item()
     model.train()
     return means
@@ -194,6 +201,14 @@ def log_line(record, seconds_left):
     return ', '.join(parts)
 
 
+def describe_last_checkpoint():
+    """A sentence on what there is to go on from."""
+    path = Path(out_dir) / 'last.pt'
+    if not path.exists():
+        return "There is no checkpoint yet."
+    return f"The last good checkpoint is {path}, iteration {checkpoint.load(path)['iter_num']}."
+
+
 def start_wandb(config):
     """A function that logs a dict of metrics to wandb. Where wandb fails it says so, and the run goes on without."""
     try:
@@ -227,15 +242,14 @@ def train():
         vocab_size = meta['vocab_size'] if meta else 50304          # GPT-2's 50257, padded for speed
         raw_model = new_model(vocab_size)
     else:
-        path = checkpoint.find(out_dir, ('last.pt', 'ckpt.pt'))
-        saved = checkpoint.load(path)
+        saved, path = checkpoint.load_for_resume(out_dir)
         raw_model = checkpoint.build_model(saved, dropout=dropout)
         iter_num, best_val_loss = saved['iter_num'], float(saved['best_val_loss'])
         vocab_size = raw_model.config.vocab_size
         check_vocabulary(saved.get('meta'), meta, vocab_size)
         say(f"resuming from {path} at iteration {iter_num}")
         if run.is_master:
-            print_differences(saved['config'], config)
+            print_differences(saved.get('config', {}), config)
     raw_model.to(run.device)
     positions = 'learned'
     if raw_model.config.use_alibi:
@@ -278,6 +292,7 @@ def train():
         checkpoint.save(out_dir, state, is_best)
 
     peak_flops = runtime.peak_flops(run)
+    signals, stopping = runtime.StopSignal(), False
     times = []                                                      # of the iterations since the last log line
     is_first = True                                                 # it compiles, so it does not count for tokens/s
     while True:
@@ -288,7 +303,10 @@ def train():
 
         # evaluate and save
         if iter_num % eval_interval == 0 or iter_num == max_iters or eval_only:
-            losses = evaluate(model, run, splits, get_batch)
+            losses = evaluate(model, run, splits, get_batch, signals)
+            if losses is None:
+                stopping = True
+                break
             is_best = losses['val'] <= best_val_loss
             best_val_loss = min(best_val_loss, losses['val'])
             say(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}, "
@@ -318,9 +336,15 @@ def train():
                 losses[micro_step] = loss.detach()
                 scaler.scale(loss / len(mine)).backward()
 
-        # the update
+        # the update, unless it would spoil the weights (with float16 the scaler sees to that)
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+        is_broken = not (scaler.is_enabled() or math.isfinite(losses.sum().item() + grad_norm.item()))
+        stopping, is_broken = run.any(signals.received, is_broken)  # all processes stop at the same iteration
+        if is_broken:
+            raise UserError(f"iteration {iter_num}: loss {losses[list(mine)].mean().item():.4g}, gradient norm {grad_norm.item():.4g}. "
+                            f"Nothing was updated or saved. {describe_last_checkpoint()} Try a lower learning_rate, "
+                            "grad_clip=1.0, a longer warm-up, or dtype=float32")
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -344,9 +368,17 @@ def train():
         if is_logged or is_first:
             times, is_first = [], False
         iter_num += 1
+        if stopping:
+            break
 
-    if writes:
+    if stopping and writes and iter_num > 0:
+        save_checkpoint(is_best=False)
+        say(f"interrupted at iteration {iter_num}: saved {out_dir}/last.pt. Go on with the same command and --init_from=resume")
+    elif stopping:
+        say(f"interrupted at iteration {iter_num}: nothing to save")
+    elif writes:
         say(f"done: {iter_num} iterations, best val loss {best_val_loss:.4f}; see {out_dir}/loss.png")
+    signals.restore()
     runtime.stop()
 
 
