@@ -13,6 +13,11 @@ from pathlib import Path
 
 import torch
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 from dataset import atomic_write, load_meta
 from model import GPT, GPTConfig
 from runtime import UserError
@@ -145,6 +150,29 @@ def crop_block_size(model: GPT, optimizer, block_size: int):
         moments = optimizer.state[model.transformer.wpe.weight]
         for key in moments.keys() & {'exp_avg', 'exp_avg_sq'}:
             moments[key] = moments[key][:block_size].clone()
+
+
+_locks = {}  # out_dir -> its open lock file; the system releases it when the process ends, however it ends
+
+
+def lock(out_dir):
+    """Keep other runs out of out_dir while this process lives. Raises UserError if one is in it."""
+    if fcntl is None or str(out_dir) in _locks:
+        return
+    file = open(Path(out_dir) / '.lock', 'w')
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"another run is writing to {out_dir}: stop it, or choose another --out_dir") from error
+    except OSError:  # a file system without locks
+        return
+    _locks[str(out_dir)] = file
+
+
+def unlock(out_dir):
+    """Let other runs into out_dir again."""
+    if str(out_dir) in _locks:
+        _locks.pop(str(out_dir)).close()
 
 
 def set_aside(out_dir):

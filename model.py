@@ -331,7 +331,7 @@ def sample_logits(logits, temperature=1.0, top_k=None, generators=None):
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < kth, float('-inf'))
     logits = logits - logits.max(dim=-1, keepdim=True).values       # a tiny temperature must not overflow
-    probs = F.softmax(logits / temperature, dim=-1)                 # (B, V)
+    probs = F.softmax(logits / max(temperature, 1e-30), dim=-1)     # (B, V)
     if generators is None:
         return torch.multinomial(probs, 1)
     return torch.cat([torch.multinomial(p[None], 1, generator=g) for p, g in zip(probs, generators, strict=True)])

@@ -211,13 +211,22 @@ def describe_last_checkpoint():
 
 def start_wandb(config):
     """A function that logs a dict of metrics to wandb. Where wandb fails it says so, and the run goes on without."""
+    def attempt(action, *args, **options):
+        nonlocal works
+        try:
+            return action(*args, **options) if works else None
+        except Exception as error:  # a key, the network, wandb itself: nothing of it is worth a run
+            print(f"wandb is off for this run: {error} (WANDB_MODE=offline logs to local files)")
+            works = False
+
     try:
         import wandb
-        wandb.init(project=wandb_project, name=wandb_run_name, config=config)
-        return wandb.log
-    except Exception as error:  # a missing package, key or network: none is worth a run
-        print(f"wandb is off for this run: {error} (WANDB_MODE=offline logs to local files)")
+    except ImportError:
+        print("wandb is off for this run: it is not installed")
         return lambda metrics: None
+    works = True
+    attempt(wandb.init, project=wandb_project, name=wandb_run_name, config=config)
+    return lambda metrics: attempt(wandb.log, metrics)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -278,6 +287,7 @@ def train():
     writes = run.is_master and not eval_only
     if writes:
         Path(out_dir).mkdir(parents=True, exist_ok=True)
+        checkpoint.lock(out_dir)
         checkpoint.set_aside(out_dir) if init_from == 'scratch' else drop_metrics_from(iter_num)
     log_wandb = start_wandb(config) if wandb_log and run.is_master else lambda metrics: None
 
@@ -378,6 +388,7 @@ def train():
         say(f"interrupted at iteration {iter_num}: nothing to save")
     elif writes:
         say(f"done: {iter_num} iterations, best val loss {best_val_loss:.4f}; see {out_dir}/loss.png")
+    checkpoint.unlock(out_dir)
     signals.restore()
     runtime.stop()
 

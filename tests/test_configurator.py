@@ -1,4 +1,6 @@
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from configurator import ConfigError, configure, help_text
 
@@ -123,3 +125,39 @@ def test_help_has_each_setting_with_default_and_comment():
     text = help_text('"""What it does."""\nsteps = 5   # so many\nname = "x"\n', {'steps': 5, 'name': 'x'})
     assert text.startswith('What it does.')
     assert '--steps=5' in text and 'so many' in text and "--name='x'" in text
+
+
+# any argument, any config file: settings of the right types, or one clear line
+
+texts = st.one_of(st.text(), st.sampled_from(['1', '-1', '1e5', 'nan', 'inf', 'True', 'auto', 'None', '1' * 5000, '\x00', '0x10']))
+keys = st.one_of(st.sampled_from([*DEFAULTS, 'max_iter', '']), st.text())
+one_argument = st.one_of(st.builds('--{}={}'.format, keys, texts), st.builds('--{}'.format, keys), texts)
+
+
+def has_the_types_of_the_defaults(settings):
+    return settings.keys() == DEFAULTS.keys() and all(
+        type(value) is type(DEFAULTS[key]) or (DEFAULTS[key] == 'auto' and type(value) is bool) for key, value in settings.items())
+
+
+@given(st.lists(one_argument, max_size=5))
+def test_any_arguments(arguments):
+    try:
+        assert has_the_types_of_the_defaults(configure(arguments, DEFAULTS))
+    except ConfigError as error:
+        assert str(error) and '\n' not in str(error)
+
+
+values = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.lists(st.integers()), st.binary()).map(repr)
+lines = st.one_of(st.builds('{} = {}'.format, st.sampled_from([*DEFAULTS, '_x', 'steps']), values), st.text(),
+                  st.sampled_from(['import math', 'def f(): pass', 'del bias', 'raise SystemExit', 'class A: pass', 'from os import *']))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(lines, max_size=4))
+def test_any_config_file(tmp_path, lines):
+    path = tmp_path / 'c.py'
+    path.write_bytes('\n'.join(lines).encode('utf-8', errors='surrogatepass'))
+    try:
+        assert has_the_types_of_the_defaults(configure([str(path)], DEFAULTS))
+    except ConfigError as error:
+        assert str(error) and '\n' not in str(error)

@@ -24,7 +24,7 @@ def test_cosine_lr():
 
 def test_a_run_from_scratch(run_train, capsys):
     out_dir = run_train()
-    assert sorted(path.name for path in out_dir.iterdir()) == ['ckpt.pt', 'last.pt', 'loss.png', 'metrics.jsonl']
+    assert sorted(path.name for path in out_dir.glob('[!.]*')) == ['ckpt.pt', 'last.pt', 'loss.png', 'metrics.jsonl']
     assert (out_dir / 'loss.png').read_bytes().startswith(b'\x89PNG')
     records = read_metrics(out_dir)
     losses = [r for r in records if 'loss' in r]
