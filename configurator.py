@@ -92,7 +92,7 @@ def configure(arguments, defaults, skip_unknown=False, plain_argument=None):
         check_key(key, settings)
         if not equals:
             if not arguments or arguments[0].startswith('--'):
-                raise ConfigError(f"--{key} needs a value: --{key}={settings[key]}")
+                raise ConfigError(f"--{key} needs a value, such as --{key}={settings[key]!r}")
             text = arguments.pop(0)
         settings[key] = parse_value(key, text, defaults[key])
     return settings

@@ -324,10 +324,10 @@ def train():
             log_wandb({'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val'], 'lr': lr})
             if writes:
                 append_metrics({'iter': iter_num, 'train_loss': losses['train'], 'val_loss': losses['val'], 'lr': lr})
-                plot_losses()
                 if iter_num > 0:
                     save_checkpoint(is_best or always_save_checkpoint)
                     say(f"saved {out_dir}/last.pt" + (" and ckpt.pt" if is_best or always_save_checkpoint else ''))
+                plot_losses()
         if eval_only or iter_num >= max_iters:
             break
 
