@@ -95,7 +95,7 @@ class Runtime(NamedTuple):
             dist.all_reduce(tensor)
         return tensor
 
-    def any(self, *flags):
+    def in_any_process(self, *flags):
         """For each of the flags, whether it is true in any of the processes."""
         if self.world_size == 1:
             return flags

@@ -110,9 +110,10 @@ def new_model(vocab_size):
         raise UserError(error) from error
 
 
-def check_vocabulary(saved_meta, meta, vocab_size):
-    """Raise UserError if the data set's ids mean something else to the model, or nothing."""
-    if saved_meta and meta and saved_meta['stoi'] != meta['stoi']:
+def check_vocabulary(saved, meta):
+    """Raise UserError if the data set's ids mean something else to the checkpoint's model, or nothing."""
+    vocab_size = saved['model_args']['vocab_size']
+    if 'meta' in saved and saved['meta'] != meta:
         raise UserError(f"data/{dataset} has another vocabulary than the data that the checkpoint was trained on")
     if meta and meta['vocab_size'] > vocab_size:
         raise UserError(f"data/{dataset} has {meta['vocab_size']} token ids, but the checkpoint's model has {vocab_size}")
@@ -139,7 +140,7 @@ def evaluate(model, run, splits, get_batch, signals):
     for split, purpose in (('train', runtime.EVAL_TRAIN), ('val', runtime.EVAL_VAL)):
         losses = torch.zeros(eval_iters, device=run.device)         # each process fills in its own
         for first in range(0, eval_iters, run.world_size):
-            if any(run.any(signals.received)):
+            if run.in_any_process(signals.received)[0]:
                 return None
             k = first + run.rank
             if k < eval_iters:
@@ -178,11 +179,12 @@ def plot_losses():
         print(f"no {out_dir}/loss.png: matplotlib is not installed")
         return
     records = read_metrics()
-    axes = (figure := Figure(figsize=(8, 5), layout='constrained')).subplots()
+    figure = Figure(figsize=(8, 5), layout='constrained')
+    axes = figure.subplots()
     for key, label, style in (('loss', 'batch', dict(lw=0.8, alpha=0.5)), ('train_loss', 'train', dict(marker='.')),
                               ('val_loss', 'val', dict(marker='.'))):
         points = [(record['iter'], record[key]) for record in records if key in record]
-        axes.plot(*zip(*points), label=label, **style) if points else None
+        axes.plot([x for x, _ in points], [y for _, y in points], label=label, **style)
     axes.set(xlabel='iteration', ylabel='loss (nats per token)', title=out_dir)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -204,29 +206,26 @@ def log_line(record, seconds_left):
 def describe_last_checkpoint():
     """A sentence on what there is to go on from."""
     path = Path(out_dir) / 'last.pt'
-    if not path.exists():
-        return "There is no checkpoint yet."
-    return f"The last good checkpoint is {path}, iteration {checkpoint.load(path)['iter_num']}."
+    return (f"The last good checkpoint is {path}, iteration {checkpoint.load(path)['iter_num']}." if path.exists() else
+            "There is no checkpoint yet.")
 
 
 def start_wandb(config):
     """A function that logs a dict of metrics to wandb. Where wandb fails it says so, and the run goes on without."""
+    works = True
+
     def attempt(action, *args, **options):
         nonlocal works
         try:
-            return action(*args, **options) if works else None
-        except Exception as error:  # a key, the network, wandb itself: nothing of it is worth a run
-            print(f"wandb is off for this run: {error} (WANDB_MODE=offline logs to local files)")
+            import wandb
+            return getattr(wandb, action)(*args, **options) if works else None
+        except Exception as error:  # a package, a key, the network, wandb itself: nothing of it is worth a run
+            if works:
+                print(f"wandb is off for this run: {error} (WANDB_MODE=offline logs to local files)")
             works = False
 
-    try:
-        import wandb
-    except ImportError:
-        print("wandb is off for this run: it is not installed")
-        return lambda metrics: None
-    works = True
-    attempt(wandb.init, project=wandb_project, name=wandb_run_name, config=config)
-    return lambda metrics: attempt(wandb.log, metrics)
+    attempt('init', project=wandb_project, name=wandb_run_name, config=config)
+    return lambda metrics: attempt('log', metrics)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -239,26 +238,26 @@ def train():
     say = print if run.is_master else lambda *text: None
     say(run)
 
-    # data
+    # data, in windows of the model's length
+    saved, path = checkpoint.load_for_resume(out_dir) if init_from == 'resume' else (None, None)
+    T = min(block_size, saved['model_args']['block_size']) if saved else block_size
     folder = Path('data') / dataset
     meta = load_meta(folder)
-    splits = {split: load_split(folder, split, block_size) for split in ('train', 'val')}
+    splits = {split: load_split(folder, split, T) for split in ('train', 'val')}
 
     # model and optimizer
     config = {name: globals()[name] for name in setting_names}
-    iter_num, best_val_loss, saved = 0, math.inf, None
-    if init_from == 'scratch':
-        vocab_size = meta['vocab_size'] if meta else 50304          # GPT-2's 50257, padded for speed
-        raw_model = new_model(vocab_size)
-    else:
-        saved, path = checkpoint.load_for_resume(out_dir)
+    iter_num, best_val_loss = 0, math.inf
+    if saved:
         raw_model = checkpoint.build_model(saved, dropout=dropout)
         iter_num, best_val_loss = saved['iter_num'], float(saved['best_val_loss'])
-        vocab_size = raw_model.config.vocab_size
-        check_vocabulary(saved.get('meta'), meta, vocab_size)
+        check_vocabulary(saved, meta)
         say(f"resuming from {path} at iteration {iter_num}")
         if run.is_master:
             print_differences(saved.get('config', {}), config)
+    else:
+        raw_model = new_model(meta['vocab_size'] if meta else 50304)  # GPT-2's 50257, padded for speed
+    vocab_size = raw_model.config.vocab_size
     raw_model.to(run.device)
     positions = 'learned'
     if raw_model.config.use_alibi:
@@ -270,10 +269,9 @@ def train():
         checkpoint.load_optimizer(optimizer, saved)
         if scaler.is_enabled() and saved.get('scaler'):
             scaler.load_state_dict(saved['scaler'])
-        if block_size < raw_model.config.block_size:
-            checkpoint.crop_block_size(raw_model, optimizer, block_size)
+        if T < raw_model.config.block_size:
+            checkpoint.crop_block_size(raw_model, optimizer, T)
     saved = None                                                    # free its memory
-    T = raw_model.config.block_size
     model = torch.compile(raw_model) if run.compile else raw_model  # evaluated as it is
     trained = DistributedDataParallel(model, broadcast_buffers=False) if run.world_size > 1 else model
     tokens_per_iter = gradient_accumulation_steps * batch_size * T
@@ -288,7 +286,10 @@ def train():
     if writes:
         Path(out_dir).mkdir(parents=True, exist_ok=True)
         checkpoint.lock(out_dir)
-        checkpoint.set_aside(out_dir) if init_from == 'scratch' else drop_metrics_from(iter_num)
+        if init_from == 'scratch':
+            checkpoint.set_aside(out_dir)
+        else:
+            drop_metrics_from(iter_num)
     log_wandb = start_wandb(config) if wandb_log and run.is_master else lambda metrics: None
 
     def get_batch(data, purpose, k):
@@ -349,8 +350,8 @@ def train():
         # the update, unless it would spoil the weights (with float16 the scaler sees to that)
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
-        is_broken = not (scaler.is_enabled() or math.isfinite(losses.sum().item() + grad_norm.item()))
-        stopping, is_broken = run.any(signals.received, is_broken)  # all processes stop at the same iteration
+        is_broken = not (scaler.is_enabled() or math.isfinite((losses.sum() + grad_norm).item()))
+        stopping, is_broken = run.in_any_process(signals.received, is_broken)  # all processes stop at the same iteration
         if is_broken:
             raise UserError(f"iteration {iter_num}: loss {losses[list(mine)].mean().item():.4g}, gradient norm {grad_norm.item():.4g}. "
                             f"Nothing was updated or saved. {describe_last_checkpoint()} Try a lower learning_rate, "
