@@ -129,6 +129,26 @@ def data_meta(state: dict):
     return load_meta(Path('data') / state.get('config', {}).get('dataset', ''))
 
 
+def pretrained(name, dropout=0.0) -> GPT:
+    """GPT.from_pretrained(name). Raises UserError."""
+    try:
+        return GPT.from_pretrained(name, {'dropout': dropout})
+    except ValueError as error:
+        raise UserError(error) from error
+    except OSError as error:
+        raise UserError(f"{name} could not be loaded: transformers neither has it here nor gets it from the hub. Go online "
+                        "once, or give the path of a folder that holds a GPT-2 of transformers as init_from") from error
+
+
+def check_vocabulary(state: dict, meta, dataset: str):
+    """Raise UserError if a data set's ids mean something else to the checkpoint's model, or nothing."""
+    vocab_size = state['model_args']['vocab_size']
+    if 'meta' in state and state['meta'] != meta:
+        raise UserError(f"data/{dataset} has another vocabulary than the data that the checkpoint was trained on")
+    if meta and meta['vocab_size'] > vocab_size:
+        raise UserError(f"data/{dataset} has {meta['vocab_size']} token ids, but the checkpoint's model has {vocab_size}")
+
+
 def load_optimizer(optimizer, state: dict):
     """Give a fresh optimizer the checkpoint's moments, and keep its own hyperparameters. Raises UserError."""
     try:

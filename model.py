@@ -27,6 +27,7 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = True        # in Linear and LayerNorm, as GPT-2; False is a bit better and faster
     use_alibi: bool = False  # linear attention biases, no position embeddings
+    gelu: str = 'erf'        # or 'tanh', the approximation that GPT-2's own weights are made for
 
     def __post_init__(self):
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
@@ -36,6 +37,8 @@ class GPTConfig:
             raise ValueError(f"n_embd must be a multiple of n_head, got n_embd={self.n_embd}, n_head={self.n_head}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if self.gelu not in ('erf', 'tanh'):
+            raise ValueError(f"gelu must be erf or tanh, got {self.gelu!r}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -164,7 +167,7 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.gelu = nn.GELU()
+        self.gelu = nn.GELU(approximate='tanh' if config.gelu == 'tanh' else 'none')
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -286,6 +289,39 @@ class GPT(nn.Module):
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **options):
         """idx (B, T) with up to max_new_tokens sampled behind it, (B, T + n). Options as in stream()."""
         return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k, **options)], dim=1)
+
+    # -----------------------------------------------------------------------------------------------------------
+    # GPT-2's weights
+
+    @classmethod
+    def from_pretrained(cls, name, override_args=None):
+        """GPT-2 as OpenAI trained it, or a folder with any GPT-2 that transformers saved, in eval mode.
+
+        name: gpt2, gpt2-medium, gpt2-large or gpt2-xl, which transformers downloads once, or the folder's path.
+        override_args: {'dropout': p} or None. Raises ValueError for what this model has no equal of, OSError for
+        what can't be found.
+        """
+        if (override_args or {}).keys() - {'dropout'}:
+            raise ValueError(f"only dropout can be overridden in GPT-2, not {', '.join(override_args)}: its weights were "
+                             "trained with these sizes and with position embeddings")
+        from transformers import GPT2Config, GPT2LMHeadModel  # only here: it is slow to import
+        theirs = GPT2Config.from_pretrained(name)
+        activations = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'erf'}
+        expected = dict(model_type='gpt2', n_inner=4 * theirs.n_embd, layer_norm_epsilon=1e-5, scale_attn_weights=True,
+                        scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True)
+        for key, value in expected.items():
+            if getattr(theirs, key) not in (value, None):
+                raise ValueError(f"{name} has {key}={getattr(theirs, key)}, but a GPT here has {value}")
+        if theirs.activation_function not in activations:
+            raise ValueError(f"{name} has activation_function={theirs.activation_function}, not one of {', '.join(activations)}")
+        model = cls(GPTConfig(theirs.n_positions, theirs.vocab_size, theirs.n_layer, theirs.n_head, theirs.n_embd, bias=True,
+                              gelu=activations[theirs.activation_function], **override_args or {})).eval()
+        state = GPT2LMHeadModel.from_pretrained(name, dtype=torch.float32).state_dict()
+        for key, value in state.items():
+            if key.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')):
+                state[key] = value.t()                              # theirs are Conv1D: (in, out)
+        model.load_state_dict({key: value for key, value in state.items() if key in model.state_dict()})
+        return model
 
     # -----------------------------------------------------------------------------------------------------------
     # training

@@ -3,6 +3,7 @@
     python sample.py --out_dir=out-shakespeare-char
     python sample.py --out_dir=out-shakespeare-char --start="To be" --num_samples=1 --stream=True
     python sample.py --out_dir=out-shakespeare-char --start=FILE:prompt.txt --temperature=0
+    python sample.py --init_from=gpt2-xl --start="What is the answer to life?" --num_samples=5 --max_new_tokens=100
 
 Reads out_dir/ckpt.pt, else last.pt. A sample depends on the seed and its own number only, not on how many there are.
 """
@@ -19,7 +20,7 @@ from runtime import UserError, derive_seed
 
 # ---------------------------------------------------------------------------------------------------------------
 # settings
-init_from = 'resume'           # resume: a checkpoint in out_dir
+init_from = 'resume'           # a checkpoint in out_dir; or gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder with a GPT-2
 out_dir = 'out'
 start = '\n'                   # the prompt, or FILE:name to read it from a file
 num_samples = 10
@@ -44,8 +45,8 @@ def check_settings():
     for name, least in (('num_samples', 1), ('max_new_tokens', 1), ('temperature', 0), ('top_k', 0), ('seed', 0)):
         if globals()[name] < least:
             raise UserError(f"{name} must be at least {least}, got {globals()[name]}")
-    if init_from != 'resume':
-        raise UserError(f"init_from must be resume, got {init_from!r}")
+    if init_from != 'resume' and not init_from.startswith('gpt2') and not Path(init_from).is_dir():
+        raise UserError(f"init_from must be resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder, got {init_from!r}")
 
 
 def read_prompt():
@@ -68,10 +69,13 @@ def generate():
     """Print num_samples continuations of the prompt."""
     check_settings()
     run = runtime.resolve(device, dtype, compile)
-    model, state, path = checkpoint.load_for_sampling(out_dir)
-    tok = tokenizer(checkpoint.data_meta(state))
+    if init_from == 'resume':
+        model, state, path = checkpoint.load_for_sampling(out_dir)
+        tok, name = tokenizer(checkpoint.data_meta(state)), f"{path}, iteration {state.get('iter_num')}"
+    else:
+        model, tok, name = checkpoint.pretrained(init_from), tokenizer(None), init_from
     model.to(run.device)
-    print(f"{path}, iteration {state['iter_num']}, val loss {state['best_val_loss']:.4f}; {run}", file=sys.stderr)
+    print(f"{name}, {model.get_num_params() / 1e6:.2f}M parameters; {run}", file=sys.stderr)
     if run.compile:
         model.forward = torch.compile(model.forward, dynamic=True)
 

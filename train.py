@@ -34,7 +34,7 @@ log_interval = 1               # print the loss every so many iterations
 eval_iters = 200               # batches of each split in an evaluation
 eval_only = False              # evaluate once, then stop
 always_save_checkpoint = True  # ckpt.pt at every evaluation, not just when the val loss improved
-init_from = 'scratch'          # scratch or resume
+init_from = 'scratch'          # scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with a GPT-2
 # wandb
 wandb_log = False
 wandb_project = 'owt'
@@ -89,8 +89,10 @@ def check_settings(world_size):
                         f"{world_size} processes: make it a multiple of {world_size}")
     if seed < 0:
         raise UserError(f"seed must not be negative, got {seed}")
-    if init_from not in ('scratch', 'resume'):
-        raise UserError(f"init_from must be scratch or resume, got {init_from!r}")
+    if init_from not in ('scratch', 'resume') and not init_from.startswith('gpt2') and not Path(init_from).is_dir():
+        raise UserError(f"init_from must be scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder, got {init_from!r}")
+    if init_from not in ('scratch', 'resume') and use_alibi:
+        raise UserError("use_alibi=True can't start from GPT-2's weights: they were trained with position embeddings")
 
 
 def cosine_lr(step, peak, floor, warmup, total):
@@ -108,15 +110,6 @@ def new_model(vocab_size):
         return GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias, use_alibi))
     except ValueError as error:
         raise UserError(error) from error
-
-
-def check_vocabulary(saved, meta):
-    """Raise UserError if the data set's ids mean something else to the checkpoint's model, or nothing."""
-    vocab_size = saved['model_args']['vocab_size']
-    if 'meta' in saved and saved['meta'] != meta:
-        raise UserError(f"data/{dataset} has another vocabulary than the data that the checkpoint was trained on")
-    if meta and meta['vocab_size'] > vocab_size:
-        raise UserError(f"data/{dataset} has {meta['vocab_size']} token ids, but the checkpoint's model has {vocab_size}")
 
 
 def print_differences(saved, current):
@@ -240,7 +233,8 @@ def train():
 
     # data, in windows of the model's length
     saved, path = checkpoint.load_for_resume(out_dir) if init_from == 'resume' else (None, None)
-    T = min(block_size, saved['model_args']['block_size']) if saved else block_size
+    gpt2 = checkpoint.pretrained(init_from, dropout) if init_from not in ('scratch', 'resume') else None
+    T = min(block_size, saved['model_args']['block_size'] if saved else gpt2.config.block_size if gpt2 else block_size)
     folder = Path('data') / dataset
     meta = load_meta(folder)
     splits = {split: load_split(folder, split, T) for split in ('train', 'val')}
@@ -251,14 +245,16 @@ def train():
     if saved:
         raw_model = checkpoint.build_model(saved, dropout=dropout)
         iter_num, best_val_loss = saved['iter_num'], float(saved['best_val_loss'])
-        check_vocabulary(saved, meta)
+        checkpoint.check_vocabulary(saved, meta, dataset)
         say(f"resuming from {path} at iteration {iter_num}")
         if run.is_master:
             print_differences(saved.get('config', {}), config)
     else:
-        raw_model = new_model(meta['vocab_size'] if meta else 50304)  # GPT-2's 50257, padded for speed
+        if gpt2 and meta and meta['vocab_size'] > gpt2.config.vocab_size:
+            raise UserError(f"data/{dataset} has {meta['vocab_size']} token ids, but {init_from} has {gpt2.config.vocab_size}")
+        raw_model = gpt2 or new_model(meta['vocab_size'] if meta else 50304)  # GPT-2's 50257, padded for speed
     vocab_size = raw_model.config.vocab_size
-    raw_model.to(run.device)
+    raw_model.train().to(run.device)
     positions = 'learned'
     if raw_model.config.use_alibi:
         raw_model.alibi_kernel = alibi_kernel(run.device.type, run.compile, dropout)
@@ -269,8 +265,8 @@ def train():
         checkpoint.load_optimizer(optimizer, saved)
         if scaler.is_enabled() and saved.get('scaler'):
             scaler.load_state_dict(saved['scaler'])
-        if T < raw_model.config.block_size:
-            checkpoint.crop_block_size(raw_model, optimizer, T)
+    if T < raw_model.config.block_size:
+        checkpoint.crop_block_size(raw_model, optimizer, T)
     saved = None                                                    # free its memory
     model = torch.compile(raw_model) if run.compile else raw_model  # evaluated as it is
     trained = DistributedDataParallel(model, broadcast_buffers=False) if run.world_size > 1 else model
@@ -286,10 +282,10 @@ def train():
     if writes:
         Path(out_dir).mkdir(parents=True, exist_ok=True)
         checkpoint.lock(out_dir)
-        if init_from == 'scratch':
-            checkpoint.set_aside(out_dir)
-        else:
+        if init_from == 'resume':
             drop_metrics_from(iter_num)
+        else:
+            checkpoint.set_aside(out_dir)
     log_wandb = start_wandb(config) if wandb_log and run.is_master else lambda metrics: None
 
     def get_batch(data, purpose, k):

@@ -1,0 +1,11 @@
+"""The loss of OpenAI's gpt2 (124M parameters) on OpenWebText.
+
+    python train.py config/eval_gpt2.py
+
+Measured: not run here, for want of the weights and the data. nanoGPT reports a val loss of 3.11.
+"""
+init_from = 'gpt2'
+eval_only = True
+eval_iters = 500    # enough for a good estimate
+batch_size = 8
+wandb_log = False

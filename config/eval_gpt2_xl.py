@@ -1,0 +1,11 @@
+"""The loss of OpenAI's gpt2-xl (1558M parameters) on OpenWebText.
+
+    python train.py config/eval_gpt2_xl.py
+
+Measured: not run here, for want of the weights and the data. nanoGPT reports a val loss of 2.56.
+"""
+init_from = 'gpt2-xl'
+eval_only = True
+eval_iters = 500    # enough for a good estimate
+batch_size = 8
+wandb_log = False
