@@ -53,6 +53,20 @@ def write_char_dataset(folder, text: str, val_fraction=0.1):
     print(f"{folder}: {n_train:,} train tokens, {len(ids) - n_train:,} val tokens")
 
 
+def write_bpe_dataset(folder, text: str, val_fraction=0.1):
+    """Write a data set of GPT-2 BPE tokens: the last val_fraction of the text is the val split. Prints the sizes.
+
+    "<|endoftext|>" in the text becomes the end-of-text token.
+    """
+    bpe = tokenizer(None)
+    n_train = int(len(text) * (1 - val_fraction))
+    for name, part in (('train', text[:n_train]), ('val', text[n_train:])):
+        ids = np.array(bpe.encode(part), dtype=TOKEN)
+        with atomic_write(Path(folder) / f'{name}.bin') as file:
+            ids.tofile(file)
+        print(f"{folder}: {len(ids):,} {name} tokens")
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # reading
 

