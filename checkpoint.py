@@ -4,6 +4,7 @@ A dict with nanoGPT's keys (model, optimizer, model_args, iter_num, best_val_los
 scaler (the GradScaler's state) and meta (the data set's). Tensors and plain Python values only, so that it can be
 read without running any code that it might hold.
 """
+import json
 import os
 import pickle
 import shutil
@@ -127,6 +128,15 @@ def data_meta(state: dict):
     if 'meta' in state:
         return state['meta']
     return load_meta(Path('data') / state.get('config', {}).get('dataset', ''))
+
+
+def pretrained_meta(name):
+    """The meta of the data behind a character-level model that export_hf.py wrote to the folder `name`, else None."""
+    path = Path(name) / 'tokenizer.json'
+    model = json.loads(path.read_text(encoding='utf-8'))['model'] if path.exists() else {}
+    if model.get('type') != 'WordLevel':
+        return None
+    return {'vocab_size': len(model['vocab']), 'stoi': model['vocab'], 'itos': {i: char for char, i in model['vocab'].items()}}
 
 
 def pretrained(name, dropout=0.0) -> GPT:

@@ -73,7 +73,7 @@ def generate():
         model, state, path = checkpoint.load_for_sampling(out_dir)
         tok, name = tokenizer(checkpoint.data_meta(state)), f"{path}, iteration {state.get('iter_num')}"
     else:
-        model, tok, name = checkpoint.pretrained(init_from), tokenizer(None), init_from
+        model, tok, name = checkpoint.pretrained(init_from), tokenizer(checkpoint.pretrained_meta(init_from)), init_from
     model.to(run.device)
     print(f"{name}, {model.get_num_params() / 1e6:.2f}M parameters; {run}", file=sys.stderr)
     if run.compile:
