@@ -1,7 +1,7 @@
 """A checkpoint: a file with everything that a run needs to go on, written whole or not at all.
 
 A dict with nanoGPT's keys (model, optimizer, model_args, iter_num, best_val_loss, config) and ours beside them:
-scaler (the GradScaler's state) and meta (the data set's). Tensors and plain Python values only, so that it can be
+scaler (the GradScaler's state), meta (the data set's) and wandb_id. Tensors and plain Python values only, so that it can be
 read without running any code that it might hold.
 """
 import json

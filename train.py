@@ -11,6 +11,7 @@ metrics.jsonl (a line for each log and evaluation) and loss.png.
 """
 import json
 import math
+import os
 import time
 from contextlib import nullcontext
 from datetime import timedelta
@@ -203,8 +204,9 @@ def describe_last_checkpoint():
             "There is no checkpoint yet.")
 
 
-def start_wandb(config):
-    """A function that logs a dict of metrics to wandb. Where wandb fails it says so, and the run goes on without."""
+def start_wandb(config, run_id):
+    """A function that logs a dict of metrics to wandb's run of that id, new or resumed. Where wandb fails it says so, and
+    the run goes on without."""
     works = True
 
     def attempt(action, *args, **options):
@@ -217,7 +219,7 @@ def start_wandb(config):
                 print(f"wandb is off for this run: {error} (WANDB_MODE=offline logs to local files)")
             works = False
 
-    attempt('init', project=wandb_project, name=wandb_run_name, config=config)
+    attempt('init', project=wandb_project, name=wandb_run_name, config=config, id=run_id, resume='allow')
     return lambda metrics: attempt('log', metrics)
 
 
@@ -267,6 +269,7 @@ def train():
             scaler.load_state_dict(saved['scaler'])
     if T < raw_model.config.block_size:
         checkpoint.crop_block_size(raw_model, optimizer, T)
+    wandb_id = (saved or {}).get('wandb_id') or os.urandom(4).hex()  # a resumed run goes on with the same one
     saved = None                                                    # free its memory
     model = torch.compile(raw_model) if run.compile else raw_model  # evaluated as it is
     trained = DistributedDataParallel(model, broadcast_buffers=False) if run.world_size > 1 else model
@@ -286,7 +289,7 @@ def train():
             drop_metrics_from(iter_num)
         else:
             checkpoint.set_aside(out_dir)
-    log_wandb = start_wandb(config) if wandb_log and run.is_master else lambda metrics: None
+    log_wandb = start_wandb(config, wandb_id) if wandb_log and run.is_master else lambda metrics: None
 
     def get_batch(data, purpose, k):
         x, y = draw_batch(data, batch_size, T, vocab_size, derive_seed(seed, purpose, k))
@@ -295,7 +298,7 @@ def train():
     def save_checkpoint(is_best):
         state = dict(model=raw_model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
                      model_args=checkpoint.model_args(raw_model.config), iter_num=iter_num,
-                     best_val_loss=best_val_loss, config=config, meta=meta)
+                     best_val_loss=best_val_loss, config=config, meta=meta, wandb_id=wandb_id)
         checkpoint.save(out_dir, state, is_best)
 
     peak_flops = runtime.peak_flops(run)

@@ -141,6 +141,25 @@ def test_another_vocabulary_is_refused(run_train, checkout, capsys):
         run_train(init_from='resume', dataset='other_char')
 
 
+@pytest.mark.parametrize('prefix', ['', '_orig_mod.'])
+def test_nanogpts_own_checkpoint_resumes(run_train, prefix):
+    """A file in nanoGPT's layout, built by hand from a run of ours: the same weights come of it."""
+    whole = run_train('whole')
+    out_dir = run_train(max_iters=10)
+    state = torch.load(out_dir / 'last.pt', weights_only=True)
+    old = {'model': {prefix + key: value for key, value in state['model'].items()}, 'optimizer': state['optimizer'],
+           'model_args': {key: state['model_args'][key] for key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')},
+           'iter_num': 10, 'best_val_loss': torch.tensor(state['best_val_loss']),
+           'config': {key: value for key, value in state['config'].items() if key not in ('seed', 'use_alibi')}}
+    for group in old['optimizer']['param_groups']:
+        group['fused'] = None  # as torch.optim.AdamW has it by default
+    for name in ('last.pt', 'metrics.jsonl'):
+        (out_dir / name).unlink()
+    torch.save(old, out_dir / 'ckpt.pt')
+    run_train(init_from='resume')
+    assert same_weights(whole, out_dir)
+
+
 # saving
 
 def test_always_save_checkpoint(run_train):
@@ -249,13 +268,49 @@ def test_each_config_is_good_and_documented(config):
     assert f'config/{config}' in text and 'easured' in text
 
 
-def test_wandb_offline_and_broken(checkout, tmp_path):
-    options = arguments(**TINY | dict(max_iters=3), wandb_log=True)
+def read_wandb(folder):
+    """The history of an offline run of wandb, a list of dicts, and its config, from wandb's own file.
+
+    The file is a header of 7 bytes and then LevelDB's log format: blocks of 32 KiB, records in one or several chunks,
+    each behind 4 bytes of checksum, 2 of length and 1 of type (1 whole, 2 first, 3 middle, 4 last).
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+    content, place, data, history, config = next(folder.glob('*.wandb')).read_bytes(), 7, b'', [], {}
+    while place + 7 <= len(content):
+        if 32768 - place % 32768 < 7:  # no room for a chunk: the next block
+            place += 32768 - place % 32768
+            continue
+        length, kind = int.from_bytes(content[place + 4:place + 6], 'little'), content[place + 6]
+        data += content[place + 7:place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):
+            record, data = Record.FromString(data), b''
+            if record.HasField('history'):
+                history.append({'/'.join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item})
+            config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+    return history, config
+
+
+def test_wandb_for_real_offline(checkout, tmp_path):
+    """Metrics under stable names, the settings as config; a resume goes on with the same run; a broken one only warns."""
+    options = arguments(**TINY | dict(log_interval=2, eval_interval=4), wandb_log=True, wandb_run_name='tiny', out_dir=tmp_path / 'a')
     env = {'WANDB_DIR': str(tmp_path), 'WANDB_SILENT': 'true', 'WANDB_MODE': 'offline'}
-    run_script(checkout, 'train.py', *options, f'--out_dir={tmp_path}/a', env=env)
-    assert list(tmp_path.glob('wandb/offline-run-*'))
-    output = run_script(checkout, 'train.py', *options, f'--out_dir={tmp_path}/b', env=env | {'WANDB_MODE': 'nonsense'})
-    assert 'wandb is off' in output and 'WANDB_MODE=offline' in output and 'step 3' in output
+    run_script(checkout, 'train.py', *options, '--max_iters=4', env=env)
+    first = next(tmp_path.glob('wandb/offline-run-*'))
+    history, config = read_wandb(first)
+    rows = [row for row in history if 'val/loss' in row]
+    assert [row['iter'] for row in rows] == [0, 4] and {'iter', 'train/loss', 'val/loss', 'lr'} <= rows[0].keys()
+    rows = [row for row in history if 'train/batch_loss' in row]
+    assert [row['iter'] for row in rows] == [0, 2] and {'lr', 'grad_norm', 'ms', 'tokens_per_s'} <= rows[1].keys()
+    assert rows[0]['train/batch_loss'] == read_metrics(tmp_path / 'a')[1]['loss']
+    assert config['n_embd'] == 32 and config['wandb_run_name'] == 'tiny'
+
+    run_script(checkout, 'train.py', *options, '--max_iters=8', '--init_from=resume', env=env)
+    folders = list(tmp_path.glob('wandb/offline-run-*'))
+    assert len(folders) == 2 and len({folder.name.split('-')[-1] for folder in folders}) == 1
+
+    output = run_script(checkout, 'train.py', *options, '--max_iters=4', env=env | {'WANDB_MODE': 'nonsense'})
+    assert 'wandb is off' in output and 'WANDB_MODE=offline' in output and 'step 4' in output
 
 
 # several processes
