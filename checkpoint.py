@@ -19,7 +19,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-from dataset import atomic_write, load_meta
+from dataset import atomic_write, check_meta, load_meta
 from model import GPT, GPTConfig
 from runtime import UserError
 
@@ -67,9 +67,17 @@ def load(path) -> dict:
                         "it is not loaded") from error
     except Exception as error:  # damaged files raise almost anything
         raise UserError(f"{path} is damaged or no checkpoint: {error!r}") from error
-    missing = [key for key in ('model', 'model_args') if not isinstance(state, dict) or key not in state]
-    if missing:
-        raise UserError(f"{path} is no checkpoint of a GPT: it lacks {' and '.join(missing)}")
+    def bad(key, kind):
+        return not isinstance(state.get(key), kind)
+
+    if not isinstance(state, dict) or bad('model', dict) or bad('model_args', dict):
+        raise UserError(f"{path} is no checkpoint of a GPT: it lacks model or model_args, or they are no dicts")
+    wrong = [key for key in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd') if type(state['model_args'].get(key)) is not int]
+    if wrong:
+        raise UserError(f"{path} is no checkpoint of a GPT: its model_args lack {', '.join(wrong)}, or as no whole number")
+    state.setdefault('config', {})
+    if bad('config', dict) or state.get('meta') and check_meta(state['meta'], f"the meta in {path}") is None:
+        raise UserError(f"{path} is no checkpoint of a GPT: its config is no dict")
     return state
 
 
@@ -91,7 +99,7 @@ def build_model(state: dict, **overrides) -> GPT:
         # '_orig_mod.' comes from a compiled model, 'attn.bias' (a causal mask) from nanoGPT's oldest ones
         weights = {key.removeprefix('_orig_mod.'): value for key, value in state['model'].items()}
         model.load_state_dict({key: value for key, value in weights.items() if not key.endswith('.attn.bias')})
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise UserError(f"the checkpoint's weights don't fit its model_args: {' '.join(str(error).split())}") from error
     return model
 
@@ -101,9 +109,10 @@ def load_for_resume(out_dir) -> tuple[dict, Path]:
     path = find(out_dir, ('last.pt', 'ckpt.pt'))
     try:
         state = load(path)
-        missing = {'optimizer', 'iter_num', 'best_val_loss'} - state.keys()
+        kinds = {'optimizer': dict, 'iter_num': int, 'best_val_loss': (int, float, torch.Tensor)}
+        missing = [key for key, kind in kinds.items() if not isinstance(state.get(key), kind)]
         if missing:
-            raise UserError(f"{path} can be sampled from but not resumed: it lacks {', '.join(sorted(missing))}")
+            raise UserError(f"{path} can be sampled from but not resumed: it lacks {', '.join(missing)}")
         return state, path
     except UserError as error:
         best = path.with_name('ckpt.pt')
@@ -127,7 +136,12 @@ def data_meta(state: dict):
     """The meta of the data that a checkpoint was trained on: its own, else (in nanoGPT's files) that of the folder."""
     if 'meta' in state:
         return state['meta']
-    return load_meta(Path('data') / state.get('config', {}).get('dataset', ''))
+    folder = Path('data') / str(state['config'].get('dataset', ''))
+    meta = load_meta(folder)
+    if meta is None and state['model_args']['vocab_size'] < 50257:
+        raise UserError(f"the model's {state['model_args']['vocab_size']} token ids are not GPT-2's: their meaning is in "
+                        f"{folder / 'meta.pkl'}, which is missing")
+    return meta
 
 
 def pretrained_meta(name):
@@ -186,10 +200,14 @@ _locks = {}  # out_dir -> its open lock file; the system releases it when the pr
 
 
 def lock(out_dir):
-    """Keep other runs out of out_dir while this process lives. Raises UserError if one is in it."""
-    if fcntl is None or str(out_dir) in _locks:
-        return
-    file = open(Path(out_dir) / '.lock', 'w')
+    """Make out_dir, and keep other runs out of it while this process lives. Raises UserError if one is in it."""
+    try:
+        Path(out_dir).mkdir(parents=True, exist_ok=True)
+        if fcntl is None or str(out_dir) in _locks:
+            return
+        file = open(Path(out_dir) / '.lock', 'w')
+    except OSError as error:
+        raise UserError(f"can't write to {out_dir}: {error}") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

@@ -14,6 +14,7 @@ Whatever does not fit is told in one line, and ends the script with exit status 
 import ast
 import builtins
 import difflib
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -54,14 +55,17 @@ def run_config_file(path, settings, defaults, skip_unknown=False):
     """The settings as a config file leaves them, checked. It runs on a copy of them. Raises ConfigError."""
     if not Path(path).is_file():
         raise ConfigError(f"no config file {path}")
-    names = dict(settings)
+    names = {**settings, '__file__': path}
     try:
-        tree = ast.parse(Path(path).read_text(encoding='utf-8'), path)
+        tree = ast.parse(Path(path).read_text(encoding='utf-8-sig'), path)
         exec(builtins.compile(tree, path, 'exec'), names)
     except (Exception, SystemExit) as error:
-        raise ConfigError(f"config file {path} failed: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"config file {path} failed: {type(error).__name__}: {' '.join(str(error).split())}") from error
     imported = {alias.asname or alias.name.split('.')[0] for node in ast.walk(tree)
                 if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.names[0].name == '*':
+            imported |= set(dir(importlib.import_module(node.module)))
     assigned = [key for key, value in names.items()
                 if key not in settings and key not in imported and not key.startswith('_') and not callable(value)]
     if skip_unknown and assigned:

@@ -74,7 +74,11 @@ def load_split(folder, split: str, block_size: int) -> np.memmap:
     """The token ids of a split, (N,) uint16, mapped from its file. Raises UserError for a file that can't be used."""
     path = Path(folder) / f'{split}.bin'
     if not path.exists():
-        raise UserError(f"no {path}: run python {path.parent / 'prepare.py'} first")
+        prepare = path.parent / 'prepare.py'
+        known = ', '.join(sorted(p.parent.name for p in path.parent.parent.glob('*/prepare.py')))
+        raise UserError(f"no {path}: " + (f"run python {prepare} first" if prepare.exists() else
+                                          f"there is no {prepare} either, only {known or 'no data sets at all'}: is this the "
+                                          "repository's root?"))
     size = path.stat().st_size
     if size % TOKEN.itemsize:
         raise UserError(f"{path} is cut off or no token file: its {size} bytes are no whole number of 16-bit ids")
@@ -116,10 +120,18 @@ def load_meta(folder):
             meta = _PlainUnpickler(file).load()
     except Exception as error:  # damaged pickles raise almost anything
         raise UserError(f"{path} is not a plain meta.pkl: {error}") from error
-    if not (isinstance(meta, dict) and isinstance(meta.get('vocab_size'), int)
-            and isinstance(meta.get('stoi'), dict) and isinstance(meta.get('itos'), dict)):
-        raise UserError(f"{path} lacks vocab_size, stoi or itos: run python {path.parent / 'prepare.py'} again")
-    return {key: meta[key] for key in ('vocab_size', 'stoi', 'itos')}
+    return check_meta(meta, path)
+
+
+def check_meta(meta, source):
+    """The meta, with its three keys alone, if it makes a tokenizer; else raises UserError."""
+    try:
+        stoi, itos, vocab_size = meta['stoi'], meta['itos'], meta['vocab_size']
+        if stoi != {char: i for i, char in itos.items()} or sorted(itos) != list(range(len(itos))) or vocab_size < len(itos):
+            raise ValueError("stoi, itos and vocab_size don't fit each other")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{source} makes no tokenizer ({error!r}): prepare the data set again") from error
+    return {'vocab_size': vocab_size, 'stoi': stoi, 'itos': itos}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -148,7 +160,7 @@ def tokenizer(meta) -> Tokenizer:
                                 f"{len(stoi)} characters: {''.join(stoi)!r}")
         return [stoi[char] for char in text]
 
-    return Tokenizer(encode, lambda ids: ''.join(itos[i] for i in ids).encode('utf-8'), meta['vocab_size'])
+    return Tokenizer(encode, lambda ids: ''.join(itos[i] for i in ids).encode('utf-8'), len(itos))
 
 
 def _bpe_tokenizer() -> Tokenizer:

@@ -55,7 +55,7 @@ def read_prompt():
         return start
     path = Path(start.removeprefix('FILE:'))
     try:
-        return path.read_text(encoding='utf-8')
+        return path.read_text(encoding='utf-8-sig')
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"can't read the prompt from {path}: {error}") from error
 

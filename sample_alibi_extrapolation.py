@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import checkpoint
 import runtime
-from dataset import atomic_write, load_split, tokenizer
+from dataset import atomic_write, load_meta, load_split, tokenizer
 from runtime import UserError, derive_seed
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -113,19 +113,24 @@ def window_lengths(config, n_tokens):
     return kept
 
 
-def measure(folder, run):
-    """Measure the checkpoint in folder; return its Result, model, tokenizer and data (the val split's ids)."""
+def measure(folder, run, first_place):
+    """Measure the checkpoint in folder, print a table and samples, and return its Result.
+
+    first_place: the first target of the sliding window, the same for all checkpoints that are compared.
+    """
     model, state, path = checkpoint.load_for_sampling(folder)
     model.to(run.device)
-    L, name = model.config.block_size, dataset or state['config']['dataset']
+    L, name = model.config.block_size, dataset or state['config'].get('dataset', '')
+    checkpoint.check_vocabulary(state, load_meta(Path('data') / name), name)
     data = torch.from_numpy(load_split(Path('data') / name, 'val', 1).astype('int64'))  # (N + 1,)
     if data.max() >= model.config.vocab_size:
         raise UserError(f"data/{name}/val.bin has token {data.max()}, but the model's vocab_size is {model.config.vocab_size}")
     kind = 'ALiBi' if model.config.use_alibi else 'learned positions'
     print(f"\n{path}: {kind}, trained at {L} tokens, iteration {state['iter_num']}; val split of data/{name}: {len(data):,} tokens")
     lengths = window_lengths(model.config, len(data))
-    longest = max(W for W in (int(factor * L) for factor in FACTORS) if W + 2 <= len(data))  # of any model's windows
-    places = torch.linspace(longest, len(data) - 1, min(sliding_targets, len(data) - longest)).long()
+    longest = max(W for W in (int(factor * L) for factor in FACTORS) if W + 2 <= len(data))
+    first = first_place if first_place + 2 <= len(data) else longest
+    places = torch.linspace(first, len(data) - 1, min(sliding_targets, len(data) - first)).long()
 
     whole, sliding = [], []
     total = len(lengths) * (len(data) - 1) + sum(lengths) * len(places)
@@ -140,7 +145,7 @@ def measure(folder, run):
                     [mean_and_error(x - sliding[0]) for x in sliding], whole[-1][:n].view(-1, W).mean(0))
     print_table(result, len(data) - 1, len(places))
     if model.config.use_alibi:
-        print_sample(model, tokenizer(checkpoint.data_meta(state)), data, run)
+        print_samples(model, tokenizer(checkpoint.data_meta(state)), data, run)
     return result
 
 
@@ -159,16 +164,17 @@ def print_table(result, n_targets, n_sliding):
         print(f"{W:>7} = {W / result.trained_length:g}x".ljust(16) + ''.join(text.ljust(20) for text in texts).rstrip())
 
 
-def print_sample(model, tok, data, run):
-    """A text of four times the trained length, with a mark where the trained length ends."""
+def print_samples(model, tok, data, run, n=2):
+    """Texts of four times the trained length, with a mark where the trained length ends."""
     L = model.config.block_size
-    start = data[None, :min(8, L)]
-    generator = torch.Generator(run.device).manual_seed(derive_seed(seed, runtime.SAMPLE))
+    start = data[None, :min(8, L)].repeat(n, 1)                     # (n, 8)
+    generators = [torch.Generator(run.device).manual_seed(derive_seed(seed, runtime.SAMPLE, i)) for i in range(n)]
     with run.autocast():
-        ids = model.generate(run.to_device(start), 4 * L - start.size(1), temperature=0.8, top_k=200,
-                             vocab_size=tok.vocab_size, generators=[generator])[0].tolist()
-    print(f"\na sample of {len(ids)} tokens; >>> marks where the trained length of {L} ends:\n")
-    print(tok.decode(ids[:L]) + ' >>> ' + tok.decode(ids[L:]) + '\n')
+        samples = model.generate(run.to_device(start), 4 * L - start.size(1), temperature=0.8, top_k=200,
+                                 vocab_size=tok.vocab_size, generators=generators).tolist()
+    print(f"\n{n} samples of {4 * L} tokens; >>> marks where the trained length of {L} ends:")
+    for ids in samples:
+        print('\n' + tok.decode(ids[:L]) + ' >>> ' + tok.decode(ids[L:]) + '\n---------------')
 
 
 def plot(results, path):
@@ -189,11 +195,11 @@ def plot(results, path):
                                fmt=style, color=color, capsize=3, label=f'{result.name}, {label}')
         means = result.by_position[:len(result.by_position) // n * n].view(-1, n).mean(1)
         by_position.plot([(i + 0.5) * n for i in range(len(means))], means, '.-', color=color, label=result.name)
-    L = results[0].trained_length
     for axes, title, xlabel in ((by_length, 'loss by window length (bars: standard error of the change from 1x)', 'tokens in the window'),
                                 (by_position, f'loss by position in the longest window (means of {n} positions)', 'position in the window')):
-        axes.axvline(L, color='gray', lw=1, ls=':')
-        axes.annotate(' trained length', (L, 1), xycoords=('data', 'axes fraction'), va='top', color='gray', fontsize=8)
+        for L in {result.trained_length for result in results}:
+            axes.axvline(L, color='gray', lw=1, ls=':')
+            axes.annotate(' trained length', (L, 1), xycoords=('data', 'axes fraction'), va='top', color='gray', fontsize=8)
         axes.set(xlabel=xlabel, ylabel='loss (nats per token)')
         axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.3)
@@ -219,6 +225,8 @@ def run_script(*arguments):
 
 def train_two():
     """Train two small models that differ in use_alibi alone; return their out_dirs, ALiBi first."""
+    if not Path('train.py').exists():
+        raise UserError("without an out_dir two models are trained, from the repository's root: go there")
     name = dataset or ('shakespeare_char' if Path('data/shakespeare_char/val.bin').exists() else 'pydocs_char')
     if name == 'pydocs_char' and not Path('data/pydocs_char/val.bin').exists():
         run_script('data/pydocs_char/prepare.py')
@@ -233,9 +241,12 @@ def extrapolate():
     """Measure, print and plot."""
     if sliding_targets < 2:
         raise UserError(f"sliding_targets must be at least 2, got {sliding_targets}")
+    if compare and not out_dir:
+        raise UserError(f"--compare={compare} needs a first checkpoint to stand beside: give its out_dir")
     run = runtime.resolve(device, dtype, compile=False)
     folders = [out_dir, compare] if out_dir and compare else [out_dir] if out_dir else train_two()
-    results = [measure(folder, run) for folder in folders]
+    lengths = [checkpoint.load_for_sampling(folder)[0].config.block_size for folder in folders]
+    results = [measure(folder, run, int(FACTORS[-1] * max(lengths))) for folder in folders]
     plot(results, Path(folders[0]) / 'alibi_extrapolation.png')
 
 

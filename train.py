@@ -9,7 +9,6 @@
 Writes to out_dir: last.pt (the newest state), ckpt.pt (the best, or with always_save_checkpoint the newest),
 metrics.jsonl (a line for each log and evaluation) and loss.png.
 """
-import json
 import math
 import os
 import time
@@ -21,15 +20,16 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
+import metrics
 import runtime
-from dataset import atomic_write, draw_batch, load_meta, load_split
+from dataset import draw_batch, load_meta, load_split
 from model import GPT, GPTConfig, alibi_kernel
 from runtime import UserError, derive_seed
 
 # ---------------------------------------------------------------------------------------------------------------
 # settings: those of GPT-2 (124M) on OpenWebText. Override them with config files and --key=value
 # input and output
-out_dir = 'out'
+out_dir = 'out'                # where the run's files go
 eval_interval = 2000           # evaluate, and save a checkpoint, every so many iterations
 log_interval = 1               # print the loss every so many iterations
 eval_iters = 200               # batches of each split in an evaluation
@@ -37,31 +37,31 @@ eval_only = False              # evaluate once, then stop
 always_save_checkpoint = True  # ckpt.pt at every evaluation, not just when the val loss improved
 init_from = 'scratch'          # scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with a GPT-2
 # wandb
-wandb_log = False
-wandb_project = 'owt'
-wandb_run_name = 'gpt2'
+wandb_log = False              # log to Weights & Biases as well
+wandb_project = 'owt'          # under this project
+wandb_run_name = 'gpt2'        # and this name
 # data
 dataset = 'openwebtext'        # a folder of data/
 gradient_accumulation_steps = 5 * 8  # micro-batches of an iteration, in all processes together
 batch_size = 12                # sequences in a micro-batch
 block_size = 1024              # tokens in a sequence
 # model
-n_layer = 12
-n_head = 12
-n_embd = 768
+n_layer = 12                   # blocks
+n_head = 12                    # attention heads in a block
+n_embd = 768                   # channels; a multiple of n_head
 dropout = 0.0                  # 0 for pretraining, 0.1 and more for finetuning or little data
 bias = False                   # in LayerNorm and Linear layers
 use_alibi = False              # linear attention biases in place of position embeddings
 # optimizer: AdamW
 learning_rate = 6e-4           # the highest
 max_iters = 600000             # updates in all
-weight_decay = 1e-1
-beta1 = 0.9
-beta2 = 0.95
+weight_decay = 1e-1            # of matrices and embeddings
+beta1 = 0.9                    # decay of the gradient's running mean
+beta2 = 0.95                   # and of its square's
 grad_clip = 1.0                # clip the gradient's norm here; 0 does not
 # learning rate schedule
 decay_lr = True                # warm up and decay, or keep learning_rate throughout
-warmup_iters = 2000
+warmup_iters = 2000            # linear, from 0
 lr_decay_iters = 600000        # when min_lr is reached; about max_iters, as in Chinchilla
 min_lr = 6e-5                  # about learning_rate / 10, as in Chinchilla
 # system
@@ -73,6 +73,7 @@ compile = 'auto'               # torch.compile the model: True or False
 # ---------------------------------------------------------------------------------------------------------------
 setting_names = [name for name, value in list(globals().items())
                  if not name.startswith('_') and type(value) in (bool, int, float, str)]
+MODEL_SIZES = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'use_alibi')  # a resumed run has the checkpoint's
 if __name__ == '__main__':
     exec(Path(__file__).with_name('configurator.py').read_text(encoding='utf-8'))
 
@@ -85,11 +86,15 @@ def check_settings(world_size):
     for name in ('eval_interval', 'log_interval', 'eval_iters', 'gradient_accumulation_steps', 'batch_size'):
         if globals()[name] < 1:
             raise UserError(f"{name} must be at least 1, got {globals()[name]}")
+    for name, low, high in (('learning_rate', 0, math.inf), ('min_lr', 0, math.inf), ('weight_decay', 0, math.inf),
+                            ('grad_clip', 0, math.inf), ('beta1', 0, 1), ('beta2', 0, 1), ('dropout', 0, 1),
+                            ('seed', 0, math.inf), ('max_iters', 0, math.inf), ('warmup_iters', 0, math.inf)):
+        if not low <= globals()[name] < high:
+            raise UserError(f"{name} must be at least {low}" + (f" and below {high}" if high < math.inf else '')
+                            + f", got {globals()[name]}")
     if gradient_accumulation_steps % world_size:
         raise UserError(f"gradient_accumulation_steps={gradient_accumulation_steps} can't be shared by "
                         f"{world_size} processes: make it a multiple of {world_size}")
-    if seed < 0:
-        raise UserError(f"seed must not be negative, got {seed}")
     if init_from not in ('scratch', 'resume') and not init_from.startswith('gpt2') and not Path(init_from).is_dir():
         raise UserError(f"init_from must be scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder, got {init_from!r}")
     if init_from not in ('scratch', 'resume') and use_alibi:
@@ -114,13 +119,13 @@ def new_model(vocab_size):
 
 
 def print_differences(saved, current):
-    """Print each setting that differs from the run that the checkpoint comes from, and which of the two holds."""
-    from_checkpoint = ('n_layer', 'n_head', 'n_embd', 'bias', 'use_alibi')
-    for key, value in current.items():
-        if key in saved and saved[key] != value and key != 'init_from':
-            kept = key in from_checkpoint or (key == 'block_size' and value > saved[key])
-            print(f"{key}: {saved[key]!r} in the checkpoint, {value!r} now"
-                  + (": the checkpoint's holds" if kept else ''))
+    """Print each setting that differs from the run that the checkpoint comes from, and where it is kept instead."""
+    sizes = {key: saved['model_args'].get(key, False) for key in MODEL_SIZES}  # False: nanoGPT's files know no use_alibi
+    for key, old in {**saved['config'], **sizes}.items():
+        new = current.get(key, old)
+        if old != new and key != 'init_from':
+            is_kept = key in MODEL_SIZES and not (key == 'block_size' and new < old)
+            print(f"{key}: {old!r} in the checkpoint, {new!r} now" + (": the checkpoint's holds" if is_kept else ''))
 
 
 @torch.no_grad()
@@ -145,47 +150,6 @@ def evaluate(model, run, splits, get_batch, signals):
     return means
 
 
-def append_metrics(record):
-    """Add a line to out_dir/metrics.jsonl."""
-    with open(Path(out_dir) / 'metrics.jsonl', 'a', encoding='utf-8') as file:
-        file.write(json.dumps(record) + '\n')
-
-
-def read_metrics():
-    """The records of out_dir/metrics.jsonl; a last line that a crash cut off is passed over."""
-    path = Path(out_dir) / 'metrics.jsonl'
-    lines = path.read_text(encoding='utf-8').splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith('}\n')]
-
-
-def drop_metrics_from(iter_num):
-    """Drop the records from iter_num on from out_dir/metrics.jsonl: a resumed run writes them again."""
-    kept = [record for record in read_metrics() if record['iter'] < iter_num]
-    with atomic_write(Path(out_dir) / 'metrics.jsonl', 'w', encoding='utf-8') as file:
-        file.writelines(json.dumps(record) + '\n' for record in kept)
-
-
-def plot_losses():
-    """Draw the loss curves in out_dir/metrics.jsonl as out_dir/loss.png. Without matplotlib: just a note."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print(f"no {out_dir}/loss.png: matplotlib is not installed")
-        return
-    records = read_metrics()
-    figure = Figure(figsize=(8, 5), layout='constrained')
-    axes = figure.subplots()
-    for key, label, style in (('loss', 'batch', dict(lw=0.8, alpha=0.5)), ('train_loss', 'train', dict(marker='.')),
-                              ('val_loss', 'val', dict(marker='.'))):
-        points = [(record['iter'], record[key]) for record in records if key in record]
-        axes.plot([x for x, _ in points], [y for _, y in points], label=label, **style)
-    axes.set(xlabel='iteration', ylabel='loss (nats per token)', title=out_dir)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    with atomic_write(Path(out_dir) / 'loss.png') as file:
-        figure.savefig(file, format='png', dpi=120)
-
-
 def log_line(record, seconds_left):
     """What is printed of a training record."""
     parts = [f"iter {record['iter']}: loss {record['loss']:.4f}", f"lr {record['lr']:.2e}",
@@ -197,11 +161,12 @@ def log_line(record, seconds_left):
     return ', '.join(parts)
 
 
-def describe_last_checkpoint():
-    """A sentence on what there is to go on from."""
+def advice():
+    """What to do about a loss or gradient that is not finite."""
     path = Path(out_dir) / 'last.pt'
-    return (f"The last good checkpoint is {path}, iteration {checkpoint.load(path)['iter_num']}." if path.exists() else
+    last = (f"The last good checkpoint is {path}, iteration {checkpoint.load(path)['iter_num']}." if path.exists() else
             "There is no checkpoint yet.")
+    return f"{last} Try a lower learning_rate, grad_clip=1.0, a longer warm-up, or dtype=float32"
 
 
 def start_wandb(config, run_id):
@@ -213,6 +178,8 @@ def start_wandb(config, run_id):
         nonlocal works
         try:
             import wandb
+            if action == 'init' and os.environ.get('WANDB_MODE', 'online') == 'online' and not wandb.login(prompt=False):
+                raise RuntimeError("there is no key: run wandb login")  # init would ask for one and wait
             return getattr(wandb, action)(*args, **options) if works else None
         except Exception as error:  # a package, a key, the network, wandb itself: nothing of it is worth a run
             if works:
@@ -220,7 +187,7 @@ def start_wandb(config, run_id):
             works = False
 
     attempt('init', project=wandb_project, name=wandb_run_name, config=config, id=run_id, resume='allow')
-    return lambda metrics: attempt('log', metrics)
+    return lambda record: attempt('log', record)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -249,8 +216,10 @@ def train():
         iter_num, best_val_loss = saved['iter_num'], float(saved['best_val_loss'])
         checkpoint.check_vocabulary(saved, meta, dataset)
         say(f"resuming from {path} at iteration {iter_num}")
+        if iter_num > max_iters and not eval_only:
+            raise UserError(f"{path} has {iter_num} iterations behind it, more than max_iters={max_iters}: there is nothing to do")
         if run.is_master:
-            print_differences(saved.get('config', {}), config)
+            print_differences(saved, config)
     else:
         if gpt2 and meta and meta['vocab_size'] > gpt2.config.vocab_size:
             raise UserError(f"data/{dataset} has {meta['vocab_size']} token ids, but {init_from} has {gpt2.config.vocab_size}")
@@ -269,6 +238,7 @@ def train():
             scaler.load_state_dict(saved['scaler'])
     if T < raw_model.config.block_size:
         checkpoint.crop_block_size(raw_model, optimizer, T)
+    config |= {key: getattr(raw_model.config, key) for key in MODEL_SIZES}
     wandb_id = (saved or {}).get('wandb_id') or os.urandom(4).hex()  # a resumed run goes on with the same one
     saved = None                                                    # free its memory
     model = torch.compile(raw_model) if run.compile else raw_model  # evaluated as it is
@@ -283,13 +253,12 @@ def train():
     # output
     writes = run.is_master and not eval_only
     if writes:
-        Path(out_dir).mkdir(parents=True, exist_ok=True)
         checkpoint.lock(out_dir)
         if init_from == 'resume':
-            drop_metrics_from(iter_num)
+            metrics.drop_from(out_dir, iter_num, evaluates=iter_num % eval_interval == 0 or iter_num == max_iters)
         else:
             checkpoint.set_aside(out_dir)
-    log_wandb = start_wandb(config, wandb_id) if wandb_log and run.is_master else lambda metrics: None
+    log_wandb = start_wandb(config, wandb_id) if wandb_log and run.is_master else lambda record: None
 
     def get_batch(data, purpose, k):
         x, y = draw_batch(data, batch_size, T, vocab_size, derive_seed(seed, purpose, k))
@@ -317,17 +286,19 @@ def train():
             if losses is None:
                 stopping = True
                 break
+            if not all(map(math.isfinite, losses.values())):
+                raise UserError(f"step {iter_num}: train loss {losses['train']}, val loss {losses['val']}. {advice()}")
             is_best = losses['val'] <= best_val_loss
             best_val_loss = min(best_val_loss, losses['val'])
             say(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}, "
                 f"val perplexity {math.exp(min(losses['val'], 700)):.5g}")
             log_wandb({'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val'], 'lr': lr})
             if writes:
-                append_metrics({'iter': iter_num, 'train_loss': losses['train'], 'val_loss': losses['val'], 'lr': lr})
+                metrics.append(out_dir, {'iter': iter_num, 'train_loss': losses['train'], 'val_loss': losses['val'], 'lr': lr})
                 if iter_num > 0:
                     save_checkpoint(is_best or always_save_checkpoint)
                     say(f"saved {out_dir}/last.pt" + (" and ckpt.pt" if is_best or always_save_checkpoint else ''))
-                plot_losses()
+                metrics.plot(out_dir)
         if eval_only or iter_num >= max_iters:
             break
 
@@ -349,12 +320,11 @@ def train():
         # the update, unless it would spoil the weights (with float16 the scaler sees to that)
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
-        is_broken = not (scaler.is_enabled() or math.isfinite((losses.sum() + grad_norm).item()))
+        loss, norm = torch.stack((losses.sum() / len(mine), grad_norm)).tolist()  # waits for the GPU
+        is_broken = not math.isfinite(loss) or not (scaler.is_enabled() or math.isfinite(norm))
         stopping, is_broken = run.in_any_process(signals.received, is_broken)  # all processes stop at the same iteration
         if is_broken:
-            raise UserError(f"iteration {iter_num}: loss {losses[list(mine)].mean().item():.4g}, gradient norm {grad_norm.item():.4g}. "
-                            f"Nothing was updated or saved. {describe_last_checkpoint()} Try a lower learning_rate, "
-                            "grad_clip=1.0, a longer warm-up, or dtype=float32")
+            raise UserError(f"iteration {iter_num}: loss {loss:.4g}, gradient norm {norm:.4g}. Nothing was updated. {advice()}")
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -362,11 +332,11 @@ def train():
         # log
         is_logged = iter_num % log_interval == 0
         if is_logged:
-            loss = run.all_reduce_sum(losses).mean().item()         # waits for the GPU
+            loss = run.all_reduce_sum(losses).mean().item()
         times.append(time.perf_counter() - start)
         if is_logged:
             seconds = sum(times) / len(times)
-            record = dict(iter=iter_num, loss=loss, lr=lr, grad_norm=grad_norm.item(), ms=1000 * seconds)
+            record = dict(iter=iter_num, loss=loss, lr=lr, grad_norm=norm, ms=1000 * seconds)
             if not is_first:
                 record['tokens_per_s'] = tokens_per_iter / seconds
                 if peak_flops:
@@ -374,13 +344,15 @@ def train():
             say(log_line(record, seconds * (max_iters - iter_num - 1)))
             log_wandb({'train/batch_loss' if key == 'loss' else key: value for key, value in record.items()})
             if writes:
-                append_metrics(record)
+                metrics.append(out_dir, record)
         if is_logged or is_first:
             times, is_first = [], False
         iter_num += 1
         if stopping:
             break
 
+    if stopping and not math.isfinite(raw_model.eval()(*get_batch(splits['val'], runtime.EVAL_VAL, 0))[1].item()):
+        raise UserError(f"interrupted at iteration {iter_num}, whose weights give no finite loss: not saved. {advice()}")
     if stopping and writes and iter_num > 0:
         save_checkpoint(is_best=False)
         say(f"interrupted at iteration {iter_num}: saved {out_dir}/last.pt. Go on with the same command and --init_from=resume")

@@ -8,7 +8,7 @@ Measured: not run here, for want of a GPU.
 """
 from pathlib import Path
 
-exec(Path('config/train_shakespeare_char.py').read_text(encoding='utf-8'))
+exec(Path(__file__).with_name('train_shakespeare_char.py').read_text(encoding='utf-8'))
 
 out_dir = 'out-shakespeare-char-alibi'
 wandb_run_name = 'mini-gpt-alibi'

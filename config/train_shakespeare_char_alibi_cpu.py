@@ -9,7 +9,7 @@ with --seed=1, 2 and 3, in windows of the trained 64 tokens, and 1.8328, 1.8289 
 """
 from pathlib import Path
 
-exec(Path('config/train_shakespeare_char_cpu.py').read_text(encoding='utf-8'))
+exec(Path(__file__).with_name('train_shakespeare_char_cpu.py').read_text(encoding='utf-8'))
 
 out_dir = 'out-shakespeare-char-alibi'
 wandb_run_name = 'mini-gpt-alibi-cpu'

@@ -9,7 +9,7 @@ import model as model_module
 from model import alibi_bias, alibi_flex, alibi_kernel, alibi_slopes, attend
 
 HEADS = (1, 4, 6, 12, 20, 25)
-LENGTHS = (1, 7, 64, 1024)
+LENGTHS = (1, 7, 64, pytest.param(1024, marks=pytest.mark.slow))
 
 
 def naive_attention(q, k, v, slopes):

@@ -93,6 +93,7 @@ def test_shakespeare_in_bpe(checkout, bpe_files):
     assert '301,966 train tokens' in output and '36,059 val tokens' in output
 
 
+@pytest.mark.slow
 def test_train_and_sample_in_bpe(checkout, bpe_files, bpe, tmp_path):
     """Your own data in BPE, as the README shows it; a prompt and a stop token of '<|endoftext|>'."""
     folder = checkout / 'data/mine'

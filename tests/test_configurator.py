@@ -61,13 +61,16 @@ def test_bad_arguments_name_what_is_wrong(arguments, words):
 @pytest.mark.parametrize('text, expected', [
     ('max_iters = 7', {'max_iters': 7}),
     ('import time\nfrom math import pi\ndef f(): pass\n_half = 50\nmax_iters = 2 * _half', {'max_iters': 100}),
+    ('from math import *\nmax_iters = int(pi)', {'max_iters': 3}),
+    ('\ufeffmax_iters = 7', {'max_iters': 7}),
+    ('from pathlib import Path\nmax_iters = len(Path(__file__).name)', {'max_iters': 4}),
     ('learning_rate = 1 / max_iters', {'learning_rate': 0.01}),
     ('learning_rate = 1', {'learning_rate': 1.0}),
     ('compile = False', {'compile': False}),
     ('print = 3; del print', {}),
 ])
 def test_good_config_files(tmp_path, text, expected):
-    (tmp_path / 'c.py').write_text(text)
+    (tmp_path / 'c.py').write_text(text, encoding='utf-8')
     settings = configure([str(tmp_path / 'c.py')], DEFAULTS)
     assert settings == DEFAULTS | expected
     assert type(settings['learning_rate']) is float
@@ -83,6 +86,7 @@ def test_good_config_files(tmp_path, text, expected):
     ('max_iters = ', ['c.py', 'SyntaxError']),
     ('steps = 5', ['steps']),
     ('1 / 0', ['c.py', 'ZeroDivisionError']),
+    ('raise ValueError("two\\nlines")', ['two lines']),
     ('open("nothing here")', ['c.py', 'FileNotFoundError']),
     ('learning_rate = float("inf")', ['learning_rate', 'inf']),
 ])
@@ -147,7 +151,7 @@ def test_any_arguments(arguments):
         assert str(error) and '\n' not in str(error)
 
 
-values = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.lists(st.integers()), st.binary()).map(repr)
+values = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_subnormal=False), st.text(), st.lists(st.integers()), st.binary()).map(repr)
 lines = st.one_of(st.builds('{} = {}'.format, st.sampled_from([*DEFAULTS, '_x', 'steps']), values), st.text(),
                   st.sampled_from(['import math', 'def f(): pass', 'del bias', 'raise SystemExit', 'class A: pass', 'from os import *']))
 

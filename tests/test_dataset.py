@@ -87,6 +87,19 @@ def test_a_bad_meta_is_named(tmp_path, content):
         load_meta(tmp_path)
 
 
+@pytest.mark.parametrize('change', [dict(itos={0: 'a', 2: 'b'}), dict(stoi={'a': 1, 'b': 0}), dict(vocab_size=1)])
+def test_a_meta_that_contradicts_itself_is_named(tmp_path, change):
+    meta = {'vocab_size': 2, 'stoi': {'a': 0, 'b': 1}, 'itos': {0: 'a', 1: 'b'}} | change
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(meta))
+    with pytest.raises(UserError, match='meta.pkl'):
+        load_meta(tmp_path)
+
+
+def test_a_padded_vocabulary(tmp_path):
+    """The model has more ids than there are characters: those have no text, and are not to be sampled."""
+    assert tokenizer({'vocab_size': 64, 'stoi': {'a': 0, 'b': 1}, 'itos': {0: 'a', 1: 'b'}}).vocab_size == 2
+
+
 def test_no_meta_is_bpe(tmp_path):
     assert load_meta(tmp_path) is None
 

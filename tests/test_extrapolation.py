@@ -13,6 +13,7 @@ from test_model import small
 import checkpoint
 import runtime
 import sample_alibi_extrapolation as script
+from dataset import write_char_dataset
 
 SCRIPT = 'sample_alibi_extrapolation.py'
 
@@ -94,6 +95,7 @@ def test_a_learned_checkpoint_is_measured_at_1x(checkout, trained):
 def test_a_short_val_split_makes_a_smaller_table(checkout, trained):
     folder = checkout / 'data/short'
     folder.mkdir()
+    shutil.copy(checkout / 'data/pydocs_char/meta.pkl', folder)
     for n, lengths in ((100, [32, 48, 64]), (40, [32])):
         (np.arange(n) % 100).astype('<u2').tofile(folder / 'val.bin')
         output = run_script(checkout, SCRIPT, trained / 'alibi', '--dataset=short')
@@ -109,12 +111,21 @@ def test_a_short_val_split_makes_a_smaller_table(checkout, trained):
 
 @pytest.mark.parametrize('options, words', [
     (['nowhere'], ['nowhere', 'ckpt.pt']),
+    (['--compare=out'], ['--compare=out', 'out_dir']),
     (['--sliding_targets=1'], ['sliding_targets', '1']),
     (['--comparison=x'], ['comparison', "'compare'"]),
 ])
 def test_mistakes_are_told_in_one_line(checkout, options, words):
     line = error_line(run_script(checkout, SCRIPT, *options, status=1))
     assert all(word in line for word in words), line
+
+
+def test_another_vocabulary_is_refused(checkout, trained):
+    folder = checkout / 'data/abc'
+    folder.mkdir()
+    write_char_dataset(folder, 'abc' * 1000)
+    line = error_line(run_script(checkout, SCRIPT, trained / 'alibi', '--dataset=abc', status=1))
+    assert 'data/abc has another vocabulary' in line
 
 
 def test_missing_data_is_told(checkout, tmp_path):

@@ -199,11 +199,12 @@ def test_an_interrupted_prepare_leaves_no_half_file(checkout, tmp_path):
     assert (folder / 'train.bin').stat().st_size > 200_000
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_out_dir(checkout, tmp_path):
     process = start(checkout, *arguments(**TINY | dict(max_iters=100000), out_dir=tmp_path / 'out'))
     read_until(process, 'iter 3:')
     for init_from in ('scratch', 'resume'):
-        line = error_line(run_script(checkout, 'train.py', *arguments(**TINY | dict(init_from=init_from), out_dir=tmp_path / 'out'), status=1))
+        line = error_line(run_script(checkout, 'train.py', *arguments(**TINY | dict(init_from=init_from, max_iters=100000), out_dir=tmp_path / 'out'), status=1))
         assert 'another run' in line or 'no last.pt' in line
     process.kill()
     process.communicate()
@@ -260,12 +261,21 @@ def rewrite(out_dir, change):
 
 @pytest.mark.parametrize('change, words', [
     (lambda state: state.pop('optimizer'), 'lacks optimizer'),
-    (lambda state: (state.pop('iter_num'), state.pop('best_val_loss')), 'lacks best_val_loss, iter_num'),
+    (lambda state: (state.pop('iter_num'), state.pop('best_val_loss')), 'lacks iter_num, best_val_loss'),
     (lambda state: state.pop('model'), 'lacks model'),
     (lambda state: state['optimizer']['param_groups'].pop(), 'optimizer state'),
     (lambda state: state['optimizer']['state'].pop(3), 'optimizer state'),
     (lambda state: state['optimizer']['state'][0].update(exp_avg=torch.zeros(3, 3)), r'optimizer state.*\(3, 3\)'),
     (lambda state: state['model'].pop('transformer.ln_f.weight'), 'ln_f'),
+    (lambda state: state.update(model_args=[1]), 'model_args'),
+    (lambda state: state['model_args'].update(n_head='2'), 'n_head'),
+    (lambda state: state['model_args'].pop('block_size'), 'block_size'),
+    (lambda state: state['model_args'].update(n_head=3), '32.*3'),
+    (lambda state: state.update(model=None), 'lacks model'),
+    (lambda state: state.update(iter_num='x'), 'iter_num'),
+    (lambda state: state.update(best_val_loss=None), 'best_val_loss'),
+    (lambda state: state.update(meta={'vocab_size': 65}), 'meta.*stoi'),
+    (lambda state: state.update(config=3), 'config'),
 ])
 def test_checkpoints_that_lack_something(run_train, change, words):
     out_dir = run_train(max_iters=10)
@@ -302,6 +312,31 @@ def test_a_loss_that_is_not_finite_ends_the_run(run_train, capsys):
         run_train(init_from='resume', learning_rate=1e20, min_lr=1e20, warmup_iters=0, grad_clip=0.0)
     assert all(torch.isfinite(value).all() for value in weights(out_dir).values())
     run_train(init_from='resume')
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'float16'])
+def test_a_broken_model_is_never_saved(run_train, dtype):
+    """An update that ruins the weights, and an evaluation right behind it, before any loss was seen to be broken."""
+    out_dir = run_train(max_iters=10, dtype=dtype)
+    good = weights(out_dir)
+    with pytest.raises(UserError, match='last good checkpoint is .*iteration 10'):
+        run_train(init_from='resume', dtype=dtype, eval_interval=1, learning_rate=1e20, min_lr=1e20, warmup_iters=0)
+    for name in ('last.pt', 'ckpt.pt'):
+        assert all(torch.equal(good[key], value) for key, value in weights(out_dir, name).items())
+
+
+def test_a_signal_behind_a_ruinous_update_saves_nothing(run_train, monkeypatch):
+    out_dir = run_train(max_iters=10)
+    good = weights(out_dir)
+    send_signal_at(monkeypatch, index=4 + 1)
+    with pytest.raises(UserError, match='not saved'):
+        run_train(init_from='resume', learning_rate=1e20, min_lr=1e20, warmup_iters=0)
+    assert all(torch.equal(good[key], value) for key, value in weights(out_dir).items())
+
+
+def test_a_float16_loss_that_is_not_finite_ends_the_run(run_train):
+    with pytest.raises(UserError, match='iteration 1: loss nan'):
+        run_train(dtype='float16', learning_rate=1e30, min_lr=1e30, warmup_iters=0, grad_clip=0.0)
 
 
 def test_no_checkpoint_yet(run_train):
@@ -376,11 +411,30 @@ def test_two_nodes(checkout, tmp_path):
 
 # wandb
 
+@pytest.mark.slow
 def test_wandb_without_key_or_network(checkout, tmp_path):
     env = {'WANDB_MODE': 'online', 'WANDB_API_KEY': '', 'WANDB_DIR': str(tmp_path), 'HOME': str(tmp_path),
            'WANDB_BASE_URL': 'http://127.0.0.1:9', 'NETRC': str(tmp_path / 'none')}
     output = run_script(checkout, 'train.py', *arguments(**TINY | dict(max_iters=2), wandb_log=True, out_dir=tmp_path / 'out'), env=env)
     assert 'wandb is off for this run' in output and 'WANDB_MODE=offline' in output and 'step 2' in output
+
+
+def test_wandb_does_not_ask_for_a_key(checkout, tmp_path):
+    """On a terminal wandb would ask, and wait for an answer."""
+    import pty
+    env = {key: value for key, value in os.environ.items() if not key.startswith('WANDB')}
+    terminal, theirs = pty.openpty()
+    process = subprocess.Popen([sys.executable, 'train.py', *arguments(**TINY | dict(max_iters=1), wandb_log=True, out_dir=tmp_path / 'out')],
+                               cwd=checkout, stdin=theirs, stdout=theirs, stderr=theirs,
+                               env={**env, 'HOME': str(tmp_path), 'NETRC': str(tmp_path / 'none'), 'WANDB_DIR': str(tmp_path), 'OMP_NUM_THREADS': '1'})
+    os.close(theirs)
+    output = b''
+    while True:
+        try:
+            output += os.read(terminal, 65536)
+        except OSError:  # the process has closed its end
+            break
+    assert process.wait(timeout=60) == 0 and b'wandb is off for this run' in output and b'step 1' in output
 
 
 def test_a_wandb_that_fails_later_does_not_end_the_run(run_train, monkeypatch, capsys):
@@ -392,6 +446,7 @@ def test_a_wandb_that_fails_later_does_not_end_the_run(run_train, monkeypatch, c
         if len(logged) == 3:
             raise RuntimeError('the network is gone')
     monkeypatch.setattr(wandb, 'init', lambda **options: None)
+    monkeypatch.setattr(wandb, 'login', lambda **options: True)
     monkeypatch.setattr(wandb, 'log', log)
     run_train(wandb_log=True)
     output = capsys.readouterr().out

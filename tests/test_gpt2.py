@@ -144,3 +144,15 @@ def test_unused_imports_stay_out(checkout, tmp_path):
     (tmp_path / 'transformers/__init__.py').write_text('raise ImportError("not installed")')
     run_script(checkout, 'train.py', *arguments(**TINY | dict(max_iters=1), out_dir=tmp_path / 'out'), env={'PYTHONPATH': str(tmp_path)})
     shutil.rmtree(tmp_path / 'out')
+
+
+@pytest.mark.slow
+def test_the_full_124m_with_random_weights(tmp_path):
+    """gpt2's own size through the same code: logits, and a greedy continuation with the cache against transformers'."""
+    peer = save_gpt2(tmp_path, std=0.0, vocab_size=50257, n_positions=1024, n_embd=768, n_layer=12, n_head=12)
+    model = GPT.from_pretrained(tmp_path)
+    assert model.get_num_params(non_embedding=False) == 124_439_808
+    idx = random_ids(1, 64, 50257)
+    torch.testing.assert_close(all_logits(model, idx), peer(idx).logits, rtol=1e-4, atol=1e-4)
+    theirs = peer.generate(idx, max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(model.generate(idx, 16, temperature=0), theirs)
