@@ -1,6 +1,6 @@
 # make quickstart   from nothing to samples: environment, data, a trained baby GPT, its text
-# make test         the tests (five minutes on two cores)
-# make test-slow    the slow ones
+# make test         the tests (four minutes on two cores)
+# make test-slow    the slow ones (six)
 
 PYTHON ?= python3
 PY := .venv/bin/python
