@@ -351,8 +351,14 @@ def train():
         if stopping:
             break
 
-    if stopping and not math.isfinite(raw_model.eval()(*get_batch(splits['val'], runtime.EVAL_VAL, 0))[1].item()):
-        raise UserError(f"interrupted at iteration {iter_num}, whose weights give no finite loss: not saved. {advice()}")
+    if stopping and iter_num > 0:
+        # no loss has followed the last update yet: that of the next batch shows whether it left the model whole; in the
+        # mode that the model is in, so that nothing is compiled anew while a scheduler waits to kill
+        k = iter_num * gradient_accumulation_steps + run.rank
+        with torch.set_grad_enabled(model.training), run.autocast():
+            _, loss = model(*get_batch(splits['train'], runtime.TRAIN_BATCH, k))
+        if not math.isfinite(loss.item()):
+            raise UserError(f"interrupted at iteration {iter_num}, whose weights give no finite loss: not saved. {advice()}")
     if stopping and writes and iter_num > 0:
         save_checkpoint(is_best=False)
         say(f"interrupted at iteration {iter_num}: saved {out_dir}/last.pt. Go on with the same command and --init_from=resume")
