@@ -8,7 +8,7 @@ import statistics
 
 import torch
 import torch.nn.functional as F
-from bench_step import alternate, ratio
+from bench_step import alternate, ratio, update
 
 import model as model_module
 import runtime
@@ -31,12 +31,7 @@ def make_step(B, T, use_alibi, attention=built_attention):
 
     def step(k):
         model_module.attend = attention
-        _, loss = model(idx[:, :-1], idx[:, 1:])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        return update(model, optimizer, idx[:, :-1], idx[:, 1:])
     return step
 
 

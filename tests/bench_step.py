@@ -4,6 +4,7 @@ Both train the same model (config/train_shakespeare_char_cpu.py's sizes) from th
 alternately in blocks in one run. Plain: torch.optim.AdamW as it comes, clip, a batch stacked sample by sample.
 Prints the median time of each, their ratio with its spread over the blocks, and the largest difference of the losses.
 """
+import math
 import statistics
 import sys
 import time
@@ -27,6 +28,18 @@ def make_model():
     return GPT(GPTConfig(block_size=T, vocab_size=V, n_layer=4, n_head=4, n_embd=128, bias=False))
 
 
+def update(model, optimizer, x, y, is_checked=False):
+    """An update from a batch; is_checked: loss and gradient norm are looked at before it. Returns the loss."""
+    _, loss = model(x, y)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    if is_checked:
+        assert all(map(math.isfinite, torch.stack((loss.detach(), norm)).tolist())), "loss or norm is not finite"
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.item()
+
+
 def plain_step():
     """A function that makes update k, the plain way, and returns the loss."""
     model = make_model()
@@ -39,12 +52,7 @@ def plain_step():
         starts = np.random.default_rng(derive_seed(1337, TRAIN_BATCH, k)).integers(len(DATA) - T, size=B)
         x = torch.stack([torch.from_numpy(DATA[i:i + T].astype(np.int64)) for i in starts])
         y = torch.stack([torch.from_numpy(DATA[i + 1:i + 1 + T].astype(np.int64)) for i in starts])
-        _, loss = model(x, y)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        return update(model, optimizer, x, y)
     return step
 
 
@@ -56,12 +64,7 @@ def our_step():
     def step(k):
         x, y = draw_batch(DATA, B, T, V, derive_seed(1337, TRAIN_BATCH, k))
         torch.manual_seed(derive_seed(1337, DROPOUT, k))
-        _, loss = model(x, y)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        return update(model, optimizer, x, y, is_checked=True)
     return step
 
 
