@@ -84,9 +84,8 @@ def alibi_flex(slopes: torch.Tensor, T: int) -> FlexBias:
 def alibi_kernel(device_type: str, compiled: bool, dropout: float) -> str:
     """How training with ALiBi computes attention: 'flex' or 'sdpa', the faster of what is exact there.
 
-    flex: FlexAttention, compiled, on CUDA; it has no dropout. sdpa: scaled_dot_product_attention with the bias as its
-    mask, which a fused kernel takes on the CPU (where dropout falls back to explicit scores) and on CUDA (with
-    dropout too; PyTorch's flash kernel takes no bias). Generation always has sdpa: there the bias is a single row.
+    flex: FlexAttention, compiled, on CUDA; it has no dropout. sdpa: scaled_dot_product_attention with the bias as mask,
+    which fused kernels take on the CPU (without dropout) and on CUDA. Generation always has sdpa, on a single row of bias.
     """
     return 'flex' if device_type == 'cuda' and compiled and dropout == 0 else 'sdpa'
 
@@ -95,10 +94,7 @@ def alibi_kernel(device_type: str, compiled: bool, dropout: float) -> str:
 # the transformer
 
 class KVCache:
-    """Keys and values of the tokens seen so far, per layer (2, B, H, capacity, D), allocated once.
-
-    `length` tokens of it are filled. GPT.forward writes the new tokens behind them and then advances `length`.
-    """
+    """Keys and values of the `length` tokens seen so far, per layer (2, B, H, capacity, D), allocated once."""
 
     def __init__(self, capacity: int):
         self.capacity = capacity
@@ -138,6 +134,36 @@ def attend(q, k, v, mask=None, dropout_p=0.0):
         chunks.append(F.scaled_dot_product_attention(q[:, :, start:end], k[:, :, :seen], v[:, :, :seen],
                                                      mask[..., start:end, :seen], dropout_p=dropout_p))
     return torch.cat(chunks, dim=2)
+
+
+class HeadLoss(torch.autograd.Function):
+    """The head and its mean cross-entropy, some tokens at a time, so that the logits of all never exist at once.
+
+    x (N, C), weight (V, C), targets (N,) int64, -1 to be ignored -> a scalar, in nats. Each chunk's gradient is computed
+    along with its loss while its logits are there, as in Liger Kernel (Hsu et al. 2024, arXiv 2410.10989).
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, rows, with_gradient):
+        counts = (targets != -1).float()[:, None]                   # (N, 1), 0 for those to be ignored
+        targets = targets.clamp(min=0)[:, None]                     # (N, 1)
+        loss, count = 0.0, counts.sum()
+        dx, dw = (torch.empty_like(x), torch.zeros_like(weight)) if with_gradient else (None, None)
+        for first in range(0, len(x), rows):
+            some = slice(first, first + rows)
+            logp = F.log_softmax(x[some] @ weight.t(), dim=-1, dtype=torch.float32)  # (rows, V)
+            loss -= (logp.gather(1, targets[some]) * counts[some]).sum()
+            if with_gradient:
+                dlogits = logp.exp_().scatter_add_(1, targets[some], -torch.ones_like(counts[some]))
+                dx[some] = dlogits @ weight * counts[some]
+                dw += dlogits.t() @ (x[some] * counts[some])
+        ctx.save_for_backward(dx, dw, count)
+        return loss / count
+
+    @staticmethod
+    def backward(ctx, gradient):
+        dx, dw, count = ctx.saved_tensors
+        return dx * (gradient / count), dw * (gradient / count), None, None, None
 
 
 class CausalSelfAttention(nn.Module):
@@ -201,9 +227,8 @@ class GPT(nn.Module):
             self.alibi_kernel = 'sdpa'                              # or 'flex', as alibi_kernel() says
         else:
             modules['wpe'] = nn.Embedding(config.block_size, config.n_embd)
-        modules['drop'] = nn.Dropout(config.dropout)
-        modules['h'] = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        modules['ln_f'] = nn.LayerNorm(config.n_embd, bias=config.bias)
+        modules |= dict(drop=nn.Dropout(config.dropout), h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                        ln_f=nn.LayerNorm(config.n_embd, bias=config.bias))
         self.transformer = nn.ModuleDict(modules)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied (Press and Wolf 2017, arXiv 1608.05859)
@@ -218,12 +243,13 @@ class GPT(nn.Module):
         if isinstance(module, (CausalSelfAttention, MLP)):  # apply() visits children first, so this comes last
             nn.init.normal_(module.c_proj.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
-    def forward(self, idx, targets=None, cache: KVCache = None):
+    def forward(self, idx, targets=None, cache: KVCache = None, return_logits=True):
         """Logits, and the mean cross-entropy in nats if there are targets.
 
         idx (B, T) int64: token ids. targets (B, T) int64 or None: the next ids; -1 is ignored.
         With targets: logits (B, T, V) and a scalar loss; without: logits of the last position (B, 1, V) and None.
         cache: idx continues the tokens that it holds, and is added to it.
+        return_logits: False, with targets, gives None for the logits, and where they are many saves their memory.
         Raises ValueError where learned positions end: more than block_size tokens without ALiBi.
         """
         T = idx.size(1)
@@ -249,6 +275,9 @@ class GPT(nn.Module):
             cache.length = S
         if targets is None:
             return self.lm_head(x[:, -1:]), None                    # (B, 1, V)
+        rows = 2 ** (25 if x.device.type == 'cpu' else 28) // self.config.vocab_size + 1  # whose logits take 128 MB or 1 GB
+        if not return_logits and targets.numel() > rows:
+            return None, HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), rows, torch.is_grad_enabled())
         logits = self.lm_head(x)                                    # (B, T, V)
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
@@ -298,15 +327,14 @@ class GPT(nn.Module):
         """GPT-2 as OpenAI trained it, or a folder with any GPT-2 that transformers saved, in eval mode.
 
         name: gpt2, gpt2-medium, gpt2-large or gpt2-xl, which transformers downloads once, or the folder's path.
-        override_args: {'dropout': p} or None. Raises ValueError for what this model has no equal of, OSError for
-        what can't be found.
+        override_args: {'dropout': p} or None. Raises ValueError for what has no equal here, OSError for what isn't found.
         """
         if (override_args or {}).keys() - {'dropout'}:
             raise ValueError(f"only dropout can be overridden in GPT-2, not {', '.join(override_args)}: its weights were "
                              "trained with these sizes and with position embeddings")
         from transformers import GPT2Config, GPT2LMHeadModel  # only here: it is slow to import
         theirs = GPT2Config.from_pretrained(name)
-        activations = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'erf'}
+        activations = dict(gelu_new='tanh', gelu_pytorch_tanh='tanh', gelu='erf')
         expected = dict(model_type='gpt2', n_inner=4 * theirs.n_embd, layer_norm_epsilon=1e-5, scale_attn_weights=True,
                         scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True)
         for key, value in expected.items():
@@ -344,8 +372,7 @@ class GPT(nn.Module):
         params = [p for p in self.parameters() if p.requires_grad]
         groups = [dict(params=[p for p in params if p.dim() >= 2], weight_decay=weight_decay),
                   dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]
-        fused = device_type in ('cuda', 'cpu', 'mps')  # one kernel for all tensors, where PyTorch has it
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ('cuda', 'cpu', 'mps'))
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops=312e12):
         """Model FLOPs utilization: the share of peak_flops (FLOP/s; default an A100's in bfloat16) that is used.

@@ -139,12 +139,12 @@ def evaluate(model, run, splits, get_batch, signals):
     for split, purpose in (('train', runtime.EVAL_TRAIN), ('val', runtime.EVAL_VAL)):
         losses = torch.zeros(eval_iters, device=run.device)         # each process fills in its own
         for first in range(0, eval_iters, run.world_size):
-            if run.in_any_process(signals.received)[0]:
+            if run.in_any_process(signals.received):
                 return None
             k = first + run.rank
             if k < eval_iters:
                 with run.autocast():
-                    _, losses[k] = model(*get_batch(splits[split], purpose, k))
+                    _, losses[k] = model(*get_batch(splits[split], purpose, k), return_logits=False)
         means[split] = run.all_reduce_sum(losses).mean().item()
     model.train()
     return means
@@ -270,6 +270,15 @@ def train():
                      best_val_loss=best_val_loss, config=config, meta=meta, wandb_id=wandb_id)
         checkpoint.save(out_dir, state, is_best)
 
+    def settle(number, report):
+        """What iteration `number` reported: whether to stop, its loss and gradient norm. Raises UserError if they are broken."""
+        stop, loss, norm = report()
+        if not math.isfinite(loss) or not (scaler.is_enabled() or math.isfinite(norm)):
+            raise UserError(f"iteration {number}: loss {loss:.4g}, gradient norm {norm:.4g}. Nothing was updated. {advice()}")
+        return stop > 0, loss, norm
+
+    params = list(raw_model.parameters())
+    reports = []                                                    # of iterations that were not looked at yet
     peak_flops = runtime.peak_flops(run)
     signals, stopping = runtime.StopSignal(), False
     times = []                                                      # of the iterations since the last log line
@@ -282,6 +291,8 @@ def train():
 
         # evaluate and save
         if iter_num % eval_interval == 0 or iter_num == max_iters or eval_only:
+            while reports:
+                settle(*reports.pop(0))
             losses = evaluate(model, run, splits, get_batch, signals)
             if losses is None:
                 stopping = True
@@ -304,35 +315,39 @@ def train():
 
         # the gradient, over this process's share of the iteration's micro-batches
         start = time.perf_counter()
-        losses = torch.zeros(gradient_accumulation_steps, device=run.device)  # each process fills in its own
         mine = range(run.rank, gradient_accumulation_steps, run.world_size)
-        for micro_step in mine:
+        losses = torch.zeros(len(mine), device=run.device)
+        for i, micro_step in enumerate(mine):
             k = iter_num * gradient_accumulation_steps + micro_step
             x, y = get_batch(splits['train'], runtime.TRAIN_BATCH, k)
-            torch.manual_seed(derive_seed(seed, runtime.DROPOUT, k))
+            if dropout > 0:
+                torch.manual_seed(derive_seed(seed, runtime.DROPOUT, k))
             is_last = micro_step == mine[-1]                        # processes exchange gradients once an iteration
             with nullcontext() if is_last or run.world_size == 1 else trained.no_sync():
                 with run.autocast():
-                    _, loss = trained(x, y)
-                losses[micro_step] = loss.detach()
+                    _, loss = trained(x, y, return_logits=False)
+                losses[i] = loss.detach()
                 scaler.scale(loss / len(mine)).backward()
 
-        # the update, unless it would spoil the weights (with float16 the scaler sees to that)
+        # look at what came out: the same numbers in all processes, so that all stop at the same iteration
         scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
-        loss, norm = torch.stack((losses.sum() / len(mine), grad_norm)).tolist()  # waits for the GPU
-        is_broken = not math.isfinite(loss) or not (scaler.is_enabled() or math.isfinite(norm))
-        stopping, is_broken = run.in_any_process(signals.received, is_broken)  # all processes stop at the same iteration
-        if is_broken:
-            raise UserError(f"iteration {iter_num}: loss {loss:.4g}, gradient norm {norm:.4g}. Nothing was updated. {advice()}")
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+        report = torch.stack((losses.new_tensor(signals.received), losses.mean(), grad_norm)) / run.world_size
+        reports.append((iter_num, run.fetch(run.all_reduce_sum(report))))
+        is_logged = iter_num % log_interval == 0
+        while len(reports) > (0 if is_logged else run.lag):
+            stopping, loss, norm = settle(*reports.pop(0))
+
+        # the update, unless it would spoil the weights (with float16 the scaler sees to that)
+        if run.lag and not scaler.is_enabled():                     # not looked at yet, so the optimizer holds it back
+            optimizer.found_inf = (~report.isfinite().all()).float()
+        if grad_clip and (run.lag or norm > grad_clip):
+            torch.nn.utils.clip_grads_with_norm_(params, grad_clip, grad_norm)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
         # log
-        is_logged = iter_num % log_interval == 0
-        if is_logged:
-            loss = run.all_reduce_sum(losses).mean().item()
         times.append(time.perf_counter() - start)
         if is_logged:
             seconds = sum(times) / len(times)
@@ -351,12 +366,14 @@ def train():
         if stopping:
             break
 
+    while reports:
+        settle(*reports.pop(0))
     if stopping and iter_num > 0:
         # no loss has followed the last update yet: that of the next batch shows whether it left the model whole; in the
         # mode that the model is in, so that nothing is compiled anew while a scheduler waits to kill
         k = iter_num * gradient_accumulation_steps + run.rank
         with torch.set_grad_enabled(model.training), run.autocast():
-            _, loss = model(*get_batch(splits['train'], runtime.TRAIN_BATCH, k))
+            _, loss = model(*get_batch(splits['train'], runtime.TRAIN_BATCH, k), return_logits=False)
         if not math.isfinite(loss.item()):
             raise UserError(f"interrupted at iteration {iter_num}, whose weights give no finite loss: not saved. {advice()}")
     if stopping and writes and iter_num > 0:

@@ -1,45 +1,49 @@
-"""Time a token, 124M parameters: with the cache and by a full forward per token. python tests/bench_generate.py
+"""Generation, 124M parameters, against transformers: python tests/bench_generate.py
 
-Both sides generate the same 64 tokens, alternately in one run. The first token is the prefill, a full forward on
-either side; "a token" is the mean of the others, "in all" the ratio of the whole times, prefill included.
+The same GPT-2 weights (random ones), greedily, 64 tokens behind a prompt, one side after the other in turn: with the cache,
+transformers' GPT2LMHeadModel.generate with its cache, and at batch 1 without the cache. All write the same tokens.
 """
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from model import GPT, GPTConfig  # noqa: E402
+import runtime  # noqa: E402
+from bench import alternate, ratio  # noqa: E402
+from model import GPT  # noqa: E402
 
 
-def generate(model, idx, n, use_cache):
-    """The new ids, and the seconds that the first of them and each of the others took."""
-    ids, times = [], [time.perf_counter()]
-    for new in model.stream(idx, n, temperature=0, use_cache=use_cache):
-        ids.append(new.item())
-        times.append(time.perf_counter())
-    return ids, times[1] - times[0], (times[-1] - times[1]) / (n - 1)
-
-
-def main(n=64, rounds=3):
+@torch.no_grad()
+def main(n=64, rounds=7):
+    runtime.resolve('cpu')
     torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=50257)).eval()
-    for prompt in (256, 960):
-        idx = torch.randint(50257, (1, prompt))
-        generate(model, idx, 2, True)
-        cached, full, per_token, in_all = [], [], [], []
-        for _ in range(rounds):
-            (a, prefill, cached_token), (b, first, full_token) = (generate(model, idx, n, use_cache) for use_cache in (True, False))
-            assert a == b, "cached and uncached generation differ"
-            cached.append(cached_token)
-            full.append(full_token)
-            per_token.append(full_token / cached_token)
-            in_all.append((first + (n - 1) * full_token) / (prefill + (n - 1) * cached_token))
-        print(f"prompt {prompt}, {n} new tokens: cached {1000 * statistics.median(cached):.1f} ms a token, full forward "
-              f"{1000 * statistics.median(full):.0f} ms: {statistics.median(per_token):.1f} times faster a token, "
-              f"{statistics.median(in_all):.1f} times in all")
+    theirs = GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=None, pad_token_id=0)).eval()
+    for p in theirs.parameters():
+        p.normal_(0, 0.05)  # larger than at the start, so that greedy choices are not near ties
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        ours = GPT.from_pretrained(folder)
+    for prompt, batch in ((256, 1), (256, 8), (960, 1)):
+        idx = torch.randint(50257, (batch, prompt))
+        sides = {'ours': lambda k: ours.generate(idx, n, temperature=0),
+                 'transformers': lambda k: theirs.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=n,
+                                                           do_sample=False, use_cache=True)}
+        if batch == 1:
+            sides['ours without the cache'] = lambda k: ours.generate(idx, n, temperature=0, use_cache=False)
+        texts = {name: side(0) for name, side in sides.items()}  # and a warm-up
+        same = min((text == texts['ours']).float().mean().item() for text in texts.values())
+        times = alternate({name: side for name, side in sides.items() if 'without' not in name}, rounds, 1)
+        if batch == 1:
+            times |= alternate({name: side for name, side in sides.items() if 'without' in name}, 1, 1)
+        print(f"prompt {prompt}, {n} new tokens, batch {batch}: same tokens {same:.2%}")
+        for name, seconds in times.items():
+            against = f", time of transformers / ours {ratio(times, 'transformers', 'ours')}" if name == 'ours' else ''
+            print(f"  {name}: {batch * n / statistics.median(seconds):.1f} tokens/s{against}")
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
 
 

@@ -17,6 +17,7 @@ import torch
 from conftest import TINY, arguments, error_line, read_metrics, run_script, same_weights, torchrun, weights
 
 import checkpoint
+import runtime
 import train
 from runtime import UserError
 
@@ -332,6 +333,37 @@ def test_a_signal_behind_a_ruinous_update_saves_nothing(run_train, monkeypatch):
     with pytest.raises(UserError, match='not saved'):
         run_train(init_from='resume', learning_rate=1e20, min_lr=1e20, warmup_iters=0)
     assert all(torch.equal(good[key], value) for key, value in weights(out_dir).items())
+
+
+def test_running_ahead_of_the_device_changes_nothing(run_train, monkeypatch):
+    """As on a GPU, where an iteration's loss is looked at when the next is under way."""
+    same = dict(max_iters=20, log_interval=5)
+    here = run_train('here', **same)
+    monkeypatch.setattr(runtime.Runtime, 'lag', 1)
+    assert same_weights(run_train('ahead', **same), here)
+    ahead, here = (read_metrics(here.parent / name) for name in ('ahead', 'here'))
+    assert [record['loss'] for record in ahead if 'loss' in record] == [record['loss'] for record in here if 'loss' in record]
+
+
+def test_running_ahead_a_broken_update_is_held_back(run_train, monkeypatch):
+    monkeypatch.setattr(runtime.Runtime, 'lag', 1)
+    models, batches = [], []
+    make, forward = train.GPT.configure_optimizers, train.GPT.forward
+
+    def configure(self, *args):
+        models.append(self)
+        return make(self, *args)
+
+    def broken(self, *args, **options):
+        logits, loss = forward(self, *args, **options)
+        batches.append(self.training)
+        return logits, loss * (math.nan if self.training and sum(batches) == 2 * 7 else 1.0)  # in iteration 6
+    monkeypatch.setattr(train.GPT, 'configure_optimizers', configure)
+    monkeypatch.setattr(train.GPT, 'forward', broken)
+    with pytest.raises(UserError, match='iteration 6: loss nan, gradient norm nan. Nothing was updated'):
+        run_train(log_interval=100)
+    assert sum(batches) == 2 * 8                                    # it ran on to iteration 7
+    assert all(torch.isfinite(p).all() for p in models[0].parameters())
 
 
 def test_a_float16_loss_that_is_not_finite_ends_the_run(run_train):

@@ -301,3 +301,28 @@ def test_compiled_training_step_equals_eager():
         loss.backward()
         losses.append((loss.item(), model.lm_head.weight.grad.norm().item()))
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize('dtype', [None, torch.bfloat16])
+def test_the_loss_in_chunks_is_the_whole_one(dtype):
+    """Where logits are many, forward(..., return_logits=False) computes them in chunks: the same loss and gradients."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=256, vocab_size=50304, n_layer=1, n_head=2, n_embd=32))
+    idx = torch.randint(50304, (3, 257))
+    x, y = idx[:, :-1], idx[:, 1:].clone()
+    y[0, 20:200] = -1
+    assert y.numel() > 2 ** 25 // 50304
+    results = []
+    for return_logits in (True, False):
+        model.zero_grad()
+        with torch.autocast('cpu', dtype, enabled=dtype is not None):
+            logits, loss = model(x, y, return_logits=return_logits)
+            with torch.no_grad():
+                evaluated = model(x, y, return_logits=return_logits)[1]
+        (3 * loss).backward()
+        assert (logits is None) != return_logits and evaluated.item() == pytest.approx(loss.item(), rel=1e-6)
+        results.append((loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}))
+    (whole, gradients), (chunked, chunked_gradients) = results
+    assert chunked == pytest.approx(whole, rel=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(chunked_gradients[name], gradient, rtol=0, atol=(1e-5 if dtype is None else 2e-2) * gradient.abs().max())
