@@ -6,7 +6,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 
 # a GPU takes the larger model by itself
-CONFIG = $$($(PY) -c "import torch; print('config/train_shakespeare_char' + ('' if torch.cuda.is_available() else '_cpu') + '.py')")
+CONFIG = $$($(PY) -c "import torch; print('config/train_shakespeare_char' + ('' if torch.cuda.is_available() else '_fast') + '.py')")
 
 .PHONY: quickstart test test-slow
 

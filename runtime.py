@@ -121,6 +121,9 @@ class Runtime(NamedTuple):
     def __str__(self):
         name = torch.cuda.get_device_name(self.device) if self.device.type == 'cuda' else platform.machine()
         threads = f", {torch.get_num_threads()} threads" if self.device.type == 'cpu' else ''
+        if threads and self.dtype == 'float32':
+            has = getattr(torch.cpu, 'get_capabilities', dict)()    # newer PyTorch knows
+            threads += ", which can do --dtype=bfloat16 in hardware" * bool(has.get('amx_bf16') or has.get('avx512_bf16'))
         return (f"device {self.device} ({name}{threads}), dtype {self.dtype}, compile {self.compile}, "
                 f"{self.world_size} process{'es' * (self.world_size > 1)}")
 

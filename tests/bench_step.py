@@ -20,6 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import runtime  # noqa: E402
+from bench import alternate, ratio  # noqa: E402
 from dataset import draw_batch  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from runtime import TRAIN_BATCH, derive_seed  # noqa: E402
@@ -82,24 +83,6 @@ def our_step(path, compiled=False):
     return step
 
 
-def alternate(sides, blocks, steps):
-    """Run each side's step(k) `steps` times, block after block in turn: the seconds a step, a list by name."""
-    times = {name: [] for name in sides}
-    for block in range(blocks):
-        for name, step in sides.items():
-            start = time.perf_counter()
-            for k in range(steps):
-                step(k)
-            times[name].append((time.perf_counter() - start) / steps)
-    return times
-
-
-def ratio(times, name, base):
-    """The median over the blocks of name's time against base's, with the middle half."""
-    low, median, high = statistics.quantiles([a / b for a, b in zip(times[name], times[base])], n=4)
-    return f"{name} / {base}: {median:.3f} (middle half {low:.3f} to {high:.3f})"
-
-
 def main(blocks=30, steps=20):
     runtime.resolve('cpu')
     with tempfile.NamedTemporaryFile() as file:
@@ -113,7 +96,7 @@ def main(blocks=30, steps=20):
               + ', '.join(f"{name} {max(abs(a - b) for a, b in zip(losses['plain'], losses[name])):.1e}" for name in sides))
         times = alternate(sides, blocks, steps)
     for name in sides:
-        print(f"{name}: {1000 * statistics.median(times[name]):.2f} ms a step, {ratio(times, name, 'plain')}")
+        print(f"{name}: {1000 * statistics.median(times[name]):.2f} ms a step, {ratio(times, name, 'plain')} of plain")
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
 
 
