@@ -83,7 +83,7 @@ def our_step(path, compiled=False):
     return step
 
 
-def main(blocks=30, steps=20):
+def main(blocks=20, steps=20):
     runtime.resolve('cpu')
     with tempfile.NamedTemporaryFile() as file:
         np.random.default_rng(0).integers(V, size=1_000_000).astype('<u2').tofile(file.name)
