@@ -6,16 +6,18 @@
     python bench.py --real_data=True --dataset=shakespeare_char
     python bench.py --profile=True                     where the time goes: a table, and a trace for a browser
 
-A step is forward, backward and update of one micro-batch. The kinds of step take turns, block by block, so that a machine
-that slows down slows all of them: what they take relative to each other is worth more than the milliseconds. The plain step
-is eager, with all logits and PyTorch's AdamW as it comes. Times are medians over the blocks with the middle half behind them.
+A step is forward, backward and update of one micro-batch as train.py makes them. The kinds of step take turns, block by
+block, so that a machine that slows down slows all of them: what they take relative to each other is worth more than the
+milliseconds. The plain step is one as nanoGPT writes it, eager: windows stacked one by one, all logits, PyTorch's AdamW as it
+comes, clip_grad_norm_. Times are medians over the blocks with the middle half behind them.
 """
 import ctypes
-import resource
+import math
 import statistics
 import time
 from datetime import date
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -29,24 +31,25 @@ from runtime import TRAIN_BATCH, UserError, derive_seed
 
 # ---------------------------------------------------------------------------------------------------------------
 # settings
-# the model, as in train.py
-n_layer = 12                   # blocks
-n_head = 12                    # attention heads in a block
-n_embd = 768                   # channels
-block_size = 1024              # tokens in a sequence
+# sizes as in train.py; 0: GPT-2's (124M), but on a CPU, where all are 0, those of config/train_shakespeare_char_cpu.py
+n_layer = 0                    # blocks
+n_head = 0                     # attention heads in a block
+n_embd = 0                     # channels
+block_size = 0                 # tokens in a sequence
+batch_size = 0                 # sequences in a micro-batch
+# the rest of the model
 vocab_size = 0                 # 0: the data set's, 65 for characters without one, else GPT-2's 50304
 dropout = 0.0
 bias = False
 use_alibi = False              # of the model that is profiled and that generates
 # data
-batch_size = 12                # sequences in a micro-batch
-dataset = 'openwebtext'        # a folder of data/
+dataset = ''                   # a folder of data/; '': openwebtext, or with the small sizes shakespeare_char
 real_data = False              # its train.bin, or random tokens
 # how much is measured
 blocks = 12                    # that the kinds of step take turns in; 0: no training
 steps = 0                      # in a block; 0: for about half a second
 max_new_tokens = 64            # that are generated; 0: none
-prompt_size = 256              # tokens that generation starts from; at most as many as fit
+prompt_size = 256              # tokens that generation starts from, at most half of block_size
 num_samples = 1                # generated in a batch
 profile = False                # write bench-trace.json, and print the ten most expensive operations
 # system
@@ -57,9 +60,8 @@ compile = 'auto'               # torch.compile the model: True or False
 # ---------------------------------------------------------------------------------------------------------------
 setting_names = [name for name, value in list(globals().items())
                  if not name.startswith('_') and type(value) in (bool, int, float, str)]
-SIZES = ('n_layer', 'n_head', 'n_embd', 'block_size', 'batch_size', 'dataset')
-_default_sizes = {name: globals()[name] for name in SIZES}
-CPU_SIZES = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, dataset='shakespeare_char')
+GPT2_SIZES = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=12)
+CPU_SIZES = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12)
 if __name__ == '__main__':
     exec(Path(__file__).with_name('configurator.py').read_text(encoding='utf-8'))
 
@@ -116,8 +118,15 @@ class PeakMemory:
         return next(int(line.split()[1]) * 1024 for line in open('/proc/self/status') if line.startswith(key))
 
 
-def is_out_of_memory(error):
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error) or 'out of memory' in str(error)
+def unless_too_large(name, function, *args, **options):
+    """function(*args, **options); where that does not fit in memory, say so and return None."""
+    try:
+        return function(*args, **options)
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(
+                words in str(error) for words in ("can't allocate memory", 'out of memory')):
+            raise
+        print(f"{name}: does not fit in memory")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -140,77 +149,135 @@ def make_model(run, alibi):
     return model
 
 
-def make_step(run, data, alibi=False, plain=False, attention=None):
-    """A function that makes update k as train.py does, or a plain one."""
+def make_step(run, data, alibi=False, attention=None):
+    """The model, and a function that makes update k as train.py does and returns the loss."""
     raw_model = make_model(run, alibi)
     if attention:
         raw_model.alibi_kernel = 'sdpa'                             # that is, a mask for attend()
-    params = list(raw_model.parameters())
-    if plain:
-        optimizer = torch.optim.AdamW(params, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
-    else:
-        optimizer = raw_model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), run.device.type)
-    model = torch.compile(raw_model) if run.compile and not plain else raw_model
+    model = torch.compile(raw_model) if run.compile else raw_model
+    optimizer = raw_model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), run.device.type)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == 'float16')
+    params, reports = list(raw_model.parameters()), []
 
     def step(k):
         model_module.attend = attention or built_attention
         x, y = draw_batch(data, batch_size, block_size, vocab_size, derive_seed(seed, TRAIN_BATCH, k))
         with run.autocast():
-            _, loss = model(run.to_device(x), run.to_device(y), return_logits=plain)
+            _, loss = model(run.to_device(x), run.to_device(y), return_logits=False)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in params])
-        if plain or run.lag or grad_norm > 1.0:                     # where looking at the norm does not wait, it saves work
+        report = torch.stack((loss.detach(), grad_norm))
+        reports.append(run.fetch(report))
+        norm = math.inf
+        if len(reports) > run.lag:
+            value, norm = reports.pop(0)()
+            if not math.isfinite(value):
+                raise UserError(f"the loss is {value}")
+        if run.lag and not scaler.is_enabled():
+            optimizer.found_inf = (~report.isfinite().all()).float()
+        if run.lag or norm > 1.0:
             torch.nn.utils.clip_grads_with_norm_(params, 1.0, grad_norm)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-    return step, raw_model
+        return loss.detach()
+    return raw_model, step
+
+
+def make_plain_step(run, data):
+    """The same, the plain way."""
+    model = make_model(run, alibi=False)
+    groups = [dict(params=[p for p in model.parameters() if p.dim() >= 2], weight_decay=0.1),
+              dict(params=[p for p in model.parameters() if p.dim() < 2], weight_decay=0.0)]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99))
+    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == 'float16')
+
+    def step(k):
+        model_module.attend = built_attention
+        tokens = np.memmap(data.filename, data.dtype, 'r') if isinstance(data, np.memmap) else data
+        starts = np.random.default_rng(derive_seed(seed, TRAIN_BATCH, k)).integers(len(tokens) - block_size, size=batch_size)
+        x, y = (torch.stack([torch.from_numpy(tokens[i + ahead:i + ahead + block_size].astype(np.int64)) for i in starts])
+                for ahead in (0, 1))
+        with run.autocast():
+            _, loss = model(run.to_device(x), run.to_device(y))
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+    return model, step
+
+
+class Side(NamedTuple):
+    """A kind of step, after the first two of them."""
+    model: GPT
+    step: Callable     # update k -> loss
+    peak: float        # of memory, in GiB, or None
+    first: float       # seconds of the first step, which compiles
+    second: float      # and of the second
+
+
+def first_steps(run, make, *args, **options):
+    """Make a kind of step and do two of them."""
+    memory, seconds = PeakMemory(run.device), []
+    memory.reset()
+    model, step = make(run, *args, **options)
+    for k in range(2):
+        start = time.perf_counter()
+        step(k)
+        run.wait()
+        seconds.append(time.perf_counter() - start)
+    return Side(model, step, memory.read(), *seconds)
+
+
+def warm_up(run):
+    """A step of a tiny model, so that what libraries allocate when they are first used counts for no kind of step."""
+    model = GPT(GPTConfig(block_size=16, vocab_size=16, n_layer=1, n_head=1, n_embd=16)).to(run.device)
+    optimizer = torch.optim.AdamW(model.parameters())
+    idx = torch.zeros(1, 16, dtype=torch.int64, device=run.device)
+    with run.autocast():
+        model(idx, idx)[1].backward()
+    optimizer.step()
 
 
 def bench_training(run, data):
     """Print the table of training steps. Returns the step that `profile` looks at."""
-    kinds = {'plain step': dict(plain=True), 'learned positions': {}, 'ALiBi': dict(alibi=True),
-             'ALiBi, explicit scores': dict(alibi=True, attention=explicit_attention)}
-    memory, sides, peaks, firsts, warm = PeakMemory(run.device), {}, {}, {}, {}
-    for name, kind in kinds.items():
-        try:
-            memory.reset()
-            step, raw_model = make_step(run, data, **kind)
-            start = time.perf_counter()
-            step(0)
-            run.wait()
-            firsts[name] = time.perf_counter() - start
-            start = time.perf_counter()
-            step(1)
-            run.wait()
-            sides[name], peaks[name], warm[name] = step, memory.read(), time.perf_counter() - start
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            print(f"{name}: does not fit in memory")
+    kinds = {'plain step': (make_plain_step, {}), 'learned positions': (make_step, {}), 'ALiBi': (make_step, dict(alibi=True)),
+             'ALiBi, explicit scores': (make_step, dict(alibi=True, attention=explicit_attention))}
+    sides, times = {}, None
+    for name, (make, options) in kinds.items():
+        side = unless_too_large(name, first_steps, run, make, data, **options)
+        if side:
+            sides[name] = side
+            print(f"{name}: {side.first:.1f} s for the first step, {side.second:.3g} s for the second", flush=True)
+    while sides and times is None:                                  # alone each fits, together they may not
+        last, steps_of = list(sides)[-1], {name: side.step for name, side in sides.items()}
+        n = steps or max(1, round(0.5 / min(side.second for side in sides.values())))
+        times = unless_too_large(f'{last}, beside the others', alternate, steps_of, blocks, n, run.wait)
+        if times is None:
+            del sides[last], steps_of
     if not sides:
         raise UserError("no kind of step fits in memory: try a smaller batch_size or block_size")
-    n = steps or max(1, round(0.5 / min(warm.values())))
-    times = alternate(sides, blocks, n, run.wait)
     tokens, peak_flops, base = batch_size * block_size, runtime.peak_flops(run), next(iter(sides))
     print(f"\n{'training step':24}{'ms':>30}{'tokens/s':>11}  {'time / ' + base:24}{'peak memory':>12}{'first step':>12}"
           + '     MFU' * bool(peak_flops))
-    for name in sides:
+    for name, side in sides.items():
         low, median, high = (1000 * value for value in quartiles(times[name]))
-        peak = f"{peaks[name]:.2f} GiB" if peaks[name] is not None else 'not known'
-        mfu = f"{raw_model.estimate_mfu(batch_size, median / 1000, peak_flops):8.1%}" if peak_flops else ''
+        peak = f"{side.peak:.2f} GiB" if side.peak is not None else 'not known'
+        mfu = f"{side.model.estimate_mfu(batch_size, median / 1000, peak_flops):8.1%}" if peak_flops else ''
         print(f"{name:24}{f'{median:.2f} ({low:.2f} to {high:.2f})':>30}{1000 * tokens / median:>11,.0f}  "
-              f"{ratio(times, name, base):24}{peak:>12}{firsts[name]:>10.1f} s{mfu}")
+              f"{ratio(times, name, base):24}{peak:>12}{side.first:>10.1f} s{mfu}")
     print(f"{blocks} blocks of {n} steps of each kind in turn; the first step holds what is compiled")
-    name = 'ALiBi' if use_alibi else 'learned positions'
-    return sides.get(name) or next(iter(sides.values()))
+    return sides.get('ALiBi' if use_alibi else 'learned positions', next(iter(sides.values()))).step
 
 
 def bench_generation(run):
     """Print how fast text is generated, with the cache and without."""
     model = make_model(run, use_alibi).eval()
+    model.alibi_kernel = 'sdpa'                                     # as in sample.py: FlexAttention is for compiled training
     T = min(prompt_size, max(1, block_size // 2))                   # all within block_size, where the cache is of use
     n = min(max_new_tokens, max(1, block_size - T))
     idx = torch.randint(vocab_size, (num_samples, T), generator=torch.Generator().manual_seed(seed)).to(run.device)
@@ -240,18 +307,23 @@ def write_profile(run, step):
     activities = [torch.profiler.ProfilerActivity.CPU]
     if run.device.type == 'cuda':
         activities.append(torch.profiler.ProfilerActivity.CUDA)
+    for k in range(2):                                              # not the first, which compiles
+        step(k)
+    run.wait()
     with torch.profiler.profile(activities=activities) as trace:
         for k in range(5):
             step(k)
         run.wait()
     trace.export_chrome_trace('bench-trace.json')
-    on = 'device' if run.device.type == 'cuda' else 'cpu'
-    operations = sorted(trace.key_averages(), key=lambda event: -getattr(event, f'self_{on}_time_total'))
-    total = sum(getattr(event, f'self_{on}_time_total') for event in operations)
+    if run.device.type == 'cuda':                                   # its kernels; the operations that start them have the same time
+        times = {event: event.self_device_time_total for event in trace.key_averages()
+                 if event.device_type.name == 'CUDA' and not event.is_user_annotation}
+    else:
+        times = {event: event.self_cpu_time_total for event in trace.key_averages()}
+    total = sum(times.values())
     print(f"\nthe ten most expensive operations of a step, {total / 5000:.2f} ms in all under the profiler")
-    for event in operations[:10]:
-        own = getattr(event, f'self_{on}_time_total')
-        print(f"{own / 5000:9.3f} ms {own / total:6.1%} {event.count / 5:6.0f} calls  {event.key[:80]}")
+    for event in sorted(times, key=times.get, reverse=True)[:10]:
+        print(f"{times[event] / 5000:9.3f} ms {times[event] / total:6.1%} {event.count / 5:6.0f} calls  {event.key[:80]}")
     print("bench-trace.json: open it in a browser, at chrome://tracing or ui.perfetto.dev")
 
 
@@ -262,28 +334,30 @@ def bench():
     """Measure what the settings say."""
     run = runtime.resolve(device, dtype, compile)
     print(f"{date.today()}, torch {torch.__version__}, {run}")
-    if run.device.type == 'cpu' and all(globals()[name] == _default_sizes[name] for name in SIZES):
-        print("no sizes are given, so on a CPU those of config/train_shakespeare_char_cpu.py")
-        globals().update(CPU_SIZES)
-    for name, least in (('blocks', 0), ('steps', 0), ('max_new_tokens', 0), ('vocab_size', 0), ('seed', 0), ('batch_size', 1),
+    for name, least in (('blocks', 0), ('steps', 0), ('max_new_tokens', 0), ('vocab_size', 0), ('seed', 0), ('batch_size', 0),
                         ('prompt_size', 1), ('num_samples', 1)):
         if globals()[name] < least:
             raise UserError(f"{name} must be at least {least}, got {globals()[name]}")
-    folder = Path('data') / dataset
+    is_small = run.device.type == 'cpu' and not any(globals()[name] for name in CPU_SIZES)
+    if is_small:
+        print("no sizes are given, so on a CPU those of config/train_shakespeare_char_cpu.py")
+    for name, size in (CPU_SIZES if is_small else GPT2_SIZES).items():
+        globals()[name] = globals()[name] or size
+    folder = Path('data') / (dataset or ('shakespeare_char' if is_small else 'openwebtext'))
     if vocab_size == 0:
         meta = load_meta(folder)
-        globals()['vocab_size'] = meta['vocab_size'] if meta else 65 if 'char' in dataset else 50304
+        globals()['vocab_size'] = meta['vocab_size'] if meta else 65 if 'char' in folder.name else 50304
     data = (load_split(folder, 'train', block_size) if real_data else
             np.random.default_rng(seed).integers(vocab_size, size=max(2**20, block_size + 2)).astype('<u2'))
     print(f"{n_layer} layers, {n_head} heads, {n_embd} channels, vocabulary {vocab_size}; {batch_size} sequences x {block_size} "
           f"tokens of {folder if real_data else 'random numbers'}")
-    step = bench_training(run, data) if blocks else make_step(run, data, use_alibi)[0] if profile else None
+    warm_up(run)
+    step = bench_training(run, data) if blocks else make_step(run, data, use_alibi)[1] if profile else None
     if profile:
         write_profile(run, step)
     if max_new_tokens:
-        del step
-        bench_generation(run)
-    print(f"peak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+        del step                                                    # and its memory
+        unless_too_large('generation', bench_generation, run)
 
 
 if __name__ == '__main__':

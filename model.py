@@ -145,6 +145,7 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, rows, with_gradient):
+        rows = math.ceil(len(x) / math.ceil(len(x) / rows))         # as many in each chunk, or nearly
         counts = (targets != -1).float()[:, None]                   # (N, 1), 0 for those to be ignored
         targets = targets.clamp(min=0)[:, None]                     # (N, 1)
         loss, count = 0.0, counts.sum()
@@ -372,7 +373,7 @@ class GPT(nn.Module):
         params = [p for p in self.parameters() if p.requires_grad]
         groups = [dict(params=[p for p in params if p.dim() >= 2], weight_decay=weight_decay),
                   dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ('cuda', 'cpu', 'mps'))
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops=312e12):
         """Model FLOPs utilization: the share of peak_flops (FLOP/s; default an A100's in bfloat16) that is used.

@@ -2,6 +2,7 @@
 import errno
 import os
 import platform
+import re
 import signal
 import sys
 import time
@@ -17,8 +18,8 @@ INIT, TRAIN_BATCH, DROPOUT, EVAL_TRAIN, EVAL_VAL, SAMPLE = range(6)
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
-# dense 16-bit tensor-core peak in FLOP/s, from NVIDIA's data sheets; the first name found in the GPU's counts
-PEAK_FLOPS = {'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12,
+# dense 16-bit tensor-core peak in FLOP/s, from NVIDIA's data sheets; the first that is found in the GPU's name counts
+PEAK_FLOPS = {'B200': 2250e12, 'H200 NVL': 835e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12,
               'A100': 312e12, 'L40S': 362e12, 'L40': 181e12, 'L4': 121e12, 'A10G': 70e12, 'A10': 125e12,
               'V100': 125e12, 'T4': 65e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12}
 
@@ -86,7 +87,7 @@ class Runtime(NamedTuple):
     def to_device(self, tensor):
         """A CPU tensor on the device; on a GPU the copy goes on while Python does."""
         if self.device.type == 'cuda':
-            return tensor.pin_memory().to(self.device, non_blocking=True)
+            return tensor.contiguous().pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 
     def all_reduce_sum(self, tensor):
@@ -139,10 +140,12 @@ def resolve(device='auto', dtype='auto', compile='auto') -> Runtime:
         raise UserError(f"device must be auto, cpu, cuda, cuda:N or mps, got {device!r}")
     if not available[kind]:
         raise UserError(f"device={device}, but PyTorch {torch.__version__} finds no such device here: use --device=cpu")
-    if kind == 'cuda' and index and int(index) >= torch.cuda.device_count():
-        raise UserError(f"device={device}, but this machine has {torch.cuda.device_count()} GPUs, counted from 0")
+    if kind == 'cuda' and index:
+        if int(index) >= torch.cuda.device_count():
+            raise UserError(f"device={device}, but this machine has {torch.cuda.device_count()} GPUs, counted from 0")
+        torch.cuda.set_device(int(index))                           # whose streams and events are meant without a name
     if dtype == 'auto':
-        dtype = 'float32' if kind != 'cuda' else 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16'
+        dtype = 'float32' if kind != 'cuda' else 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
     if dtype not in DTYPES:
         raise UserError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {dtype!r}")
     if compile not in ('auto', True, False):
@@ -163,7 +166,6 @@ def start(device='auto', dtype='auto', compile='auto', backend='auto') -> Runtim
         raise UserError("several processes need CUDA or the CPU: use --device=cpu, or start without torchrun")
     if run.device.type == 'cuda':
         run = resolve(f"cuda:{os.environ['LOCAL_RANK']}", dtype, compile)  # each process its own GPU
-        torch.cuda.set_device(run.device)
     if backend == 'auto':
         backend = 'nccl' if run.device.type == 'cuda' else 'gloo'
     if not dist.is_backend_available(backend):
@@ -188,4 +190,6 @@ def peak_flops(run: Runtime):
     if run.device.type != 'cuda' or run.dtype == 'float32':
         return None
     name = torch.cuda.get_device_name(run.device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+    if re.search(r'\b(MIG|Laptop)\b', name):                        # a part of the card, or a slower one
+        return None
+    return next((peak for key, peak in PEAK_FLOPS.items() if re.search(rf'\b{key}\b', name)), None)

@@ -242,7 +242,7 @@ def train():
     wandb_id = (saved or {}).get('wandb_id') or os.urandom(4).hex()  # a resumed run goes on with the same one
     saved = None                                                    # free its memory
     model = torch.compile(raw_model) if run.compile else raw_model  # evaluated as it is
-    trained = DistributedDataParallel(model, broadcast_buffers=False) if run.world_size > 1 else model
+    trained = DistributedDataParallel(model) if run.world_size > 1 else model
     tokens_per_iter = gradient_accumulation_steps * batch_size * T
     say(f"data/{dataset}: {len(splits['train']):,} train tokens, {len(splits['val']):,} val tokens")
     say(f"number of parameters: {raw_model.get_num_params() / 1e6:.2f}M, vocabulary: {vocab_size}, "
@@ -332,7 +332,7 @@ def train():
         # look at what came out: the same numbers in all processes, so that all stop at the same iteration
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in params])
-        report = torch.stack((losses.new_tensor(signals.received), losses.mean(), grad_norm)) / run.world_size
+        report = torch.stack((torch.full_like(grad_norm, signals.received), losses.mean(), grad_norm)) / run.world_size
         reports.append((iter_num, run.fetch(run.all_reduce_sum(report))))
         is_logged = iter_num % log_interval == 0
         while len(reports) > (0 if is_logged else run.lag):

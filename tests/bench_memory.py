@@ -17,10 +17,9 @@ import sys, time, resource
 sys.path.insert(0, {repo!r})
 import numpy as np, torch
 import bench, runtime
-plain = {plain}
 run = runtime.resolve('cpu')
-bench.vocab_size, bench.batch_size, bench.block_size = 50304, 4, 1024
-step, _ = bench.make_step(run, np.random.default_rng(0).integers(50257, size=2**20).astype('<u2'), plain=plain)
+vars(bench).update(bench.GPT2_SIZES, vocab_size=50304, batch_size=4)
+_, step = bench.{make}(run, np.random.default_rng(0).integers(50257, size=2**20).astype('<u2'))
 times = []
 for k in range(3):
     start = time.perf_counter()
@@ -34,7 +33,7 @@ def measure(plain):
     """Seconds of the fastest step, GiB at the peak."""
     # the large pages that runtime.py asks for are part of what is built
     environment = {**os.environ, 'THP_MEM_ALLOC_ENABLE': '0' if plain else '1'}
-    code = CODE.format(repo=str(Path(__file__).resolve().parents[1]), plain=plain)
+    code = CODE.format(repo=str(Path(__file__).resolve().parents[1]), make='make_plain_step' if plain else 'make_step')
     output = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True, check=True).stdout
     return [float(x) for x in re.search(r'time (\S+) peak (\S+)', output).groups()]
 

@@ -3,6 +3,7 @@ import json
 import re
 import runpy
 
+import numpy as np
 import pytest
 import torch
 from conftest import error_line, run_script
@@ -28,6 +29,14 @@ def test_on_a_cpu_without_sizes_it_takes_small_ones(checkout):
     assert {name: config[name] for name in bench.CPU_SIZES} == bench.CPU_SIZES
 
 
+@pytest.mark.parametrize('arguments, sizes', [
+    (['config/train_gpt2_alibi.py'], '12 layers, 12 heads, 768 channels, vocabulary 50304; 12 sequences x 1024 tokens'),
+    (['--batch_size=2'], '12 layers, 12 heads, 768 channels, vocabulary 50304; 2 sequences x 1024 tokens'),
+    (['--dataset=pydocs_char', '--real_data=True'], '4 layers, 4 heads, 128 channels')])
+def test_sizes_that_are_given_are_those_measured(checkout, arguments, sizes):
+    assert sizes in run_script(checkout, 'bench.py', *arguments, '--device=cpu', '--blocks=0', '--max_new_tokens=0')
+
+
 def test_a_config_and_real_data(checkout):
     output = run_script(checkout, 'bench.py', 'config/train_shakespeare_char_alibi_cpu.py', '--dataset=pydocs_char', '--real_data=True',
                         '--blocks=1', '--steps=1', '--max_new_tokens=2')
@@ -37,47 +46,73 @@ def test_a_config_and_real_data(checkout):
 
 
 def test_wrong_settings_are_told(checkout):
-    assert 'batch_size' in error_line(run_script(checkout, 'bench.py', '--batch_size=0', '--device=cpu', status=1))
+    assert 'batch_size' in error_line(run_script(checkout, 'bench.py', '--batch_size=-1', '--device=cpu', status=1))
     assert 'n_head' in error_line(run_script(checkout, 'bench.py', *SMALL, '--n_head=3', '--device=cpu', status=1))
 
 
-def test_what_does_not_fit_is_said_and_the_others_go_on(monkeypatch, capsys):
-    explicit = bench.explicit_attention
-
-    def too_large(*args):
-        raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried ...")
-    monkeypatch.setattr(bench, 'explicit_attention', too_large)
+@pytest.fixture
+def sizes(monkeypatch):
+    """bench.py's settings for a tiny model, and random tokens."""
     for argument in SMALL:
         name, value = argument[2:].split('=')
         monkeypatch.setattr(bench, name, int(value))
     monkeypatch.setattr(bench, 'device', 'cpu')
     monkeypatch.setattr(bench, 'vocab_size', 16)
+    yield np.random.default_rng(0).integers(16, size=1000).astype('<u2')
+    bench.model_module.attend = bench.built_attention
+
+
+def too_large(*args, **options):
+    raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried ...")
+
+
+def test_what_does_not_fit_is_said_and_the_others_go_on(sizes, monkeypatch, capsys):
+    monkeypatch.setattr(bench, 'explicit_attention', too_large)
+    monkeypatch.setattr(bench.GPT, 'generate', too_large)
     bench.bench()
     output = capsys.readouterr().out
-    assert 'ALiBi, explicit scores: does not fit in memory' in output
+    assert 'ALiBi, explicit scores: does not fit in memory' in output and 'generation: does not fit in memory' in output
     assert re.search(r'^ALiBi  ', output, re.MULTILINE) and not re.search(r'^ALiBi, explicit scores  ', output, re.MULTILINE)
-    assert explicit is not bench.explicit_attention
 
 
-def test_the_kinds_of_step_compute_the_same(monkeypatch):
-    """All of them are updates of one model: explicit scores are ALiBi's, and a plain step is the built one."""
-    import numpy as np
+def test_kinds_that_fit_alone_but_not_together(sizes, monkeypatch, capsys):
+    alternate = bench.alternate
+    monkeypatch.setattr(bench, 'alternate', lambda sides, *args: (too_large if len(sides) > 2 else alternate)(sides, *args))
+    bench.bench_training(bench.runtime.resolve('cpu'), sizes)
+    output = capsys.readouterr().out
+    assert 'ALiBi, beside the others: does not fit in memory' in output
+    assert re.search(r'^learned positions  ', output, re.MULTILINE) and not re.search(r'^ALiBi  ', output, re.MULTILINE)
 
-    import runtime
-    for name, value in dict(n_layer=2, n_head=2, n_embd=32, block_size=16, batch_size=4, vocab_size=16).items():
-        monkeypatch.setattr(bench, name, value)
-    run, data = runtime.resolve('cpu'), np.random.default_rng(0).integers(16, size=1000).astype('<u2')
-    models = []
-    for kind in ({}, dict(plain=True), dict(alibi=True), dict(alibi=True, attention=bench.explicit_attention)):
-        step, model = bench.make_step(run, data, **kind)
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
+    assert bench.unless_too_large('x', lambda y: y + 1, 1) == 2
+    with pytest.raises(RuntimeError, match='other'):
+        bench.unless_too_large('x', lambda: (_ for _ in ()).throw(RuntimeError('other')))
+    assert bench.unless_too_large('x', lambda: np.empty(2**50)) is None
+
+
+@pytest.mark.parametrize('compiled', [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_steps_give_the_plain_losses(sizes, monkeypatch, compiled):
+    """20 updates of the character CPU config's model: the plain way, and as train.py makes them."""
+    for name, size in bench.CPU_SIZES.items():
+        monkeypatch.setattr(bench, name, size)
+    run, data = bench.runtime.resolve('cpu', compile=compiled), np.tile(sizes, 2)
+    (_, plain), (_, built) = bench.make_plain_step(run, data), bench.make_step(run, data)
+    losses = [(plain(k).item(), built(k).item()) for k in range(20)]
+    assert losses[-1][0] < losses[0][0] - 0.1
+    assert max(abs(a - b) for a, b in losses) < 1e-5
+
+
+def test_explicit_scores_are_the_same_model(sizes):
+    run = bench.runtime.resolve('cpu')
+    models = [bench.make_step(run, sizes, **options) for options in ({}, dict(alibi=True), dict(alibi=True, attention=bench.explicit_attention))]
+    for _, step in models:
         for k in range(3):
             step(k)
-        models.append(model.state_dict())
-    bench.model_module.attend = bench.built_attention
-    for a, b, tolerance in ((models[2], models[3], 1e-5), (models[0], models[1], 2e-4)):  # AdamW as it comes decays all tensors
-        for name in a:
-            torch.testing.assert_close(a[name], b[name], rtol=0, atol=tolerance)
-    assert models[0].keys() != models[2].keys()
+    learned, alibi, explicit = (model.state_dict() for model, _ in models)
+    assert learned.keys() != alibi.keys()
+    for name in alibi:
+        torch.testing.assert_close(alibi[name], explicit[name], rtol=0, atol=1e-5)
 
 
 def test_a_ratio_is_taken_block_by_block():

@@ -16,7 +16,7 @@ def test_auto_on_a_machine_without_a_gpu(monkeypatch):
 def test_auto_with_a_gpu(monkeypatch, has_bf16, dtype):
     """What would be chosen; no GPU is needed to ask."""
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda: has_bf16)
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: including_emulation or has_bf16)
     run = resolve()
     assert (run.device.type, run.dtype, run.compile) == ('cuda', dtype, True)
     assert not resolve(compile=False).compile and resolve(dtype='float32').dtype == 'float32'
@@ -59,7 +59,9 @@ def test_seeds_differ_by_seed_purpose_and_index_and_nothing_else():
 
 @pytest.mark.parametrize('name, peak', [
     ('NVIDIA A100-SXM4-80GB', 312e12), ('NVIDIA H100 80GB HBM3', 989e12), ('NVIDIA H200', 989e12), ('NVIDIA L4', 121e12),
-    ('NVIDIA L40S', 362e12), ('NVIDIA H100 PCIe', 756e12), ('NVIDIA GeForce RTX 4090', 165e12), ('Some GPU', None)])
+    ('NVIDIA L40S', 362e12), ('NVIDIA H100 PCIe', 756e12), ('NVIDIA GeForce RTX 4090', 165e12), ('Some GPU', None),
+    ('NVIDIA RTX A1000', None), ('NVIDIA T400 4GB', None), ('NVIDIA GeForce RTX 4090 Laptop GPU', None), ('NVIDIA H200 NVL', 835e12),
+    ('NVIDIA H100 80GB HBM3 MIG 1g.10gb', None)])
 def test_peak_flops_by_name(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: name)
     run = runtime.Runtime(torch.device('cuda'), 'bfloat16', True)

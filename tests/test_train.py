@@ -2,6 +2,7 @@ import json
 import math
 import subprocess
 
+import numpy as np
 import pytest
 import torch
 from conftest import REPO, TINY, arguments, error_line, read_metrics, run_script, same_weights, torchrun, weights
@@ -368,6 +369,20 @@ def test_compiled_run(checkout, tmp_path):
     for a, b in zip(eager, compiled, strict=True):
         assert a.get('loss', a.get('val_loss')) == pytest.approx(b.get('loss', b.get('val_loss')), abs=1e-3)
     assert weights(tmp_path / 'True').keys() == weights(tmp_path / 'False').keys()
+
+
+@pytest.mark.slow
+def test_compiled_in_two_processes_with_a_large_vocabulary(checkout, tmp_path):
+    """The head and its loss in chunks (720 tokens, 50,304 ids) and ALiBi's buffer, under torch.compile and DDP."""
+    (checkout / 'data' / 'random').mkdir(exist_ok=True)
+    for split in ('train', 'val'):
+        (np.random.default_rng(0).zipf(1.3, size=5000) % 50257).astype('<u2').tofile(checkout / 'data' / 'random' / f'{split}.bin')
+    settings = TINY | dict(dataset='random', batch_size=12, block_size=60, max_iters=4, eval_interval=4, dropout=0.0, use_alibi=True)
+    for n, compile in ((1, False), (2, True)):
+        output = torchrun(checkout, n, 'train.py', *arguments(**settings | dict(compile=compile), out_dir=tmp_path / str(n)), timeout=500)
+        assert 'Warning' not in output, output
+    for a, b in zip(read_metrics(tmp_path / '1'), read_metrics(tmp_path / '2'), strict=True):
+        assert a.get('loss', a.get('val_loss')) == pytest.approx(b.get('loss', b.get('val_loss')), abs=1e-3)
 
 
 def test_make_knows_its_targets():
