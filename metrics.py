@@ -44,6 +44,6 @@ def plot(out_dir):
         axes.plot([x for x, _ in points], [y for _, y in points], label=label, **style)
     axes.set(xlabel='iteration', ylabel='loss (nats per token)', title=str(out_dir))
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc='upper right')
     with atomic_write(Path(out_dir) / 'loss.png') as file:
         figure.savefig(file, format='png', dpi=120)

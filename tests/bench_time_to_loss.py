@@ -1,9 +1,12 @@
 """How long until the plain character CPU config's final loss: python tests/bench_time_to_loss.py [SEED ...]
 
-Trains config/train_shakespeare_char_cpu.py and config/train_shakespeare_char_fast.py in turn, with seeds that were not used
-for tuning, and compares training time (evaluations excluded) and loss over the whole val split. In windows of 64 tokens both
-are at their trained length; ALiBi takes longer windows too. Draws docs/time_to_loss.png. About seven minutes on two cores.
+Trains config/train_shakespeare_char_cpu.py and config/train_shakespeare_char_fast.py with seeds that were not used for tuning,
+side by side: each is held while the other runs, a second or two in turn, so that a machine that slows down slows both.
+Compares training time, evaluations excluded, and the final loss over the whole val split. In windows of 64 tokens both are at
+their trained length; ALiBi takes longer windows too. Draws docs/time_to_loss.png. About eight minutes on two cores.
 """
+import math
+import signal
 import statistics
 import subprocess
 import sys
@@ -17,19 +20,41 @@ from bench_val_loss import whole_split_loss  # noqa: E402
 from dataset import load_split  # noqa: E402
 
 
-def train(config, seed):
+SLICES = dict(cpu=2.0, fast=1.0)  # seconds of each turn, so that both end at about the same time
+
+
+def train_in_turn(seed):
+    """Train both to the end. Returns their out_dirs."""
+    out_dirs = {config: REPO / f'out-{config}-{seed}' for config in SLICES}
+    runs = {config: subprocess.Popen([sys.executable, 'train.py', f'config/train_shakespeare_char_{config}.py', f'--seed={seed}',
+                                      f'--out_dir={out_dir}', '--eval_interval=100', '--log_interval=1'], cwd=REPO, stdout=subprocess.DEVNULL)
+            for config, out_dir in out_dirs.items()}
+    for run in runs.values():
+        run.send_signal(signal.SIGSTOP)
+    while any(run.poll() is None for run in runs.values()):
+        for config, run in runs.items():
+            if run.poll() is None:
+                run.send_signal(signal.SIGCONT)
+                try:
+                    run.wait(SLICES[config])
+                except subprocess.TimeoutExpired:
+                    run.send_signal(signal.SIGSTOP)
+    assert not any(run.returncode for run in runs.values()), "a training failed"
+    return out_dirs
+
+
+def evaluate(out_dir):
     """The training time in seconds, the curve [(seconds, val loss)], and the whole-split loss by window."""
-    out_dir = REPO / f'out-{config}-{seed}'
-    subprocess.run([sys.executable, 'train.py', f'config/train_shakespeare_char_{config}.py', f'--seed={seed}', f'--out_dir={out_dir}',
-                    '--eval_interval=100'], cwd=REPO, check=True, stdout=subprocess.DEVNULL)
-    seconds, previous, curve = 0.0, -1, []
-    for record in metrics.read(out_dir):
-        if 'ms' in record:  # the mean time of an iteration since the last such record
-            seconds += (record['iter'] - previous) * record['ms'] / 1000
-            previous = record['iter']
-        else:
+    records, seconds, curve = metrics.read(out_dir), 0.0, []
+    median = statistics.median(record['ms'] for record in records if 'ms' in record)
+    usual = statistics.mean(record['ms'] for record in records if record.get('ms', math.inf) < 5 * median)
+    for record in records:
+        if 'val_loss' in record:
             curve.append((seconds, record['val_loss']))
-    model, state, _ = checkpoint.load_for_sampling(out_dir)
+        else:  # an iteration during which the process was held counts as the others do
+            seconds += (record['ms'] if record['ms'] < 5 * median else usual) / 1000
+    state = checkpoint.load(out_dir / 'last.pt')
+    model = checkpoint.build_model(state).eval()
     losses, data = {}, load_split(REPO / 'data' / state['config']['dataset'], 'val', 64)
     for window in (64, 512) if model.config.use_alibi else (64,):
         model.config.block_size = window
@@ -43,8 +68,9 @@ def main():
     axes = figure.subplots()
     results = {'cpu': [], 'fast': []}
     for seed in map(int, sys.argv[1:] or (1, 2, 3)):
+        out_dirs = train_in_turn(seed)
         for config, color in (('cpu', 'tab:blue'), ('fast', 'tab:orange')):
-            seconds, curve, losses = train(config, seed)
+            seconds, curve, losses = evaluate(out_dirs[config])
             results[config].append((seconds, losses))
             print(f"seed {seed}, {config}: {seconds:.1f} s, "
                   + ', '.join(f"{loss:.4f} in windows of {window}" for window, loss in losses.items()), flush=True)
