@@ -317,7 +317,7 @@ def write_profile(run, step):
     trace.export_chrome_trace('bench-trace.json')
     if run.device.type == 'cuda':                                   # its kernels; the operations that start them have the same time
         times = {event: event.self_device_time_total for event in trace.key_averages()
-                 if event.device_type.name == 'CUDA' and not event.is_user_annotation}
+                 if event.device_type.name == 'CUDA' and not getattr(event, 'is_user_annotation', False)}
     else:
         times = {event: event.self_cpu_time_total for event in trace.key_averages()}
     total = sum(times.values())
