@@ -8,12 +8,12 @@ Letters in the comments on shapes: B sequences in the batch, T tokens that go in
 """
 import math
 from dataclasses import dataclass
-from typing import Callable, NamedTuple
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 
 @dataclass
@@ -49,36 +49,27 @@ def alibi_slopes(n_head: int) -> torch.Tensor:
 
     With n_head a power of two the slopes are 2^(-8/n), 2^(-16/n), ... 2^-8. For other counts the heads beyond the
     largest power of two take every other slope of the sequence for twice that power, as the authors' code does
-    (Press et al. 2022). Raises ValueError for n_head < 1.
+    (Press et al. 2022).
     """
-    if n_head < 1:
-        raise ValueError(f"n_head must be at least 1, got {n_head}")
     c = 2 ** int(math.log2(n_head))  # the largest power of two that fits
     exponents = [-8 * (h + 1) / c for h in range(c)] + [-4 * (2 * e + 1) / c for e in range(n_head - c)]
     return torch.tensor([2.0 ** x for x in exponents], dtype=torch.float32)
 
 
-def alibi_bias(slopes: torch.Tensor, T: int, S: int) -> torch.Tensor:
-    """What is added to the attention scores of the last T of S tokens: (1, H, T, S) float32.
+def alibi_bias(slopes: torch.Tensor, i: torch.Tensor, S: int) -> torch.Tensor:
+    """What is added to the attention scores of the queries at positions i (T,) with S keys: (1, H, T, S) float32.
 
-    Entry (i, j) is -slope_h * (i - j) where key j is not after query i, else -inf (i, j: positions among the S).
+    That is -slope_h * (i - j) where key j is not after query i, else -inf.
     """
-    i = torch.arange(S - T, S, device=slopes.device)[:, None]       # (T, 1)
-    j = torch.arange(S, device=slopes.device)[None, :]              # (1, S)
+    i, j = i[:, None], torch.arange(S, device=i.device)             # (T, 1) and (S,)
     distance = (i - j).float().masked_fill(j > i, math.inf)         # (T, S), how far j lies behind i
     return -slopes.view(1, -1, 1, 1) * distance                     # (1, H, T, S)
 
 
-class FlexBias(NamedTuple):
-    """The same bias for FlexAttention, which computes it where it is needed: nothing of size T x S."""
-    score_mod: Callable
-    block_mask: BlockMask
-
-
-def alibi_flex(slopes: torch.Tensor, T: int) -> FlexBias:
-    """alibi_bias(slopes, T, T), for a compiled model."""
-    return FlexBias(lambda score, b, h, i, j: score - slopes[h] * (i - j),
-                    create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T, device=slopes.device))
+def alibi_flex(slopes: torch.Tensor, T: int):
+    """FlexAttention of T tokens, for a compiled model: the bias is computed where it is needed, nothing is of size T x T."""
+    return partial(flex_attention, score_mod=lambda score, b, h, i, j: score - slopes[h] * (i - j),
+                   block_mask=create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T, device=slopes.device))
 
 
 def alibi_kernel(device_type: str, compiled: bool, dropout: float) -> str:
@@ -94,35 +85,43 @@ def alibi_kernel(device_type: str, compiled: bool, dropout: float) -> str:
 # the transformer
 
 class KVCache:
-    """Keys and values of the `length` tokens seen so far, per layer (2, B, H, capacity, D), allocated once."""
+    """Keys and values of the `length` tokens seen so far, for each layer two (B, H, capacity, D), allocated once."""
 
     def __init__(self, capacity: int):
         self.capacity = capacity
-        self.length = 0
+        self.length, self.fixed = 0, False                          # where shapes are fixed, the length is a tensor
         self.layers = []
 
-    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor):
-        """Store k and v (B, H, T, D) of the new tokens; return those of all S tokens so far, (B, H, S, D)."""
-        B, H, T, D = k.shape
-        S = self.length + T
-        if S > self.capacity:
-            raise ValueError(f"the cache holds {self.capacity} tokens, got {S}")
-        if layer == len(self.layers):
-            self.layers.append(k.new_empty(2, B, H, self.capacity, D))
-        stored = self.layers[layer]
-        stored[0, :, :, self.length:S] = k
-        stored[1, :, :, self.length:S] = v
-        return stored[0, :, :, :S], stored[1, :, :, :S]
+    def fix_shapes(self, device):
+        """For a compiled model: from here on attention goes over the whole capacity, and no shape depends on the length."""
+        self.length, self.fixed = torch.tensor(self.length, device=device), True
+        for tensor in sum(self.layers, [self.length]):              # they change in place, which CUDA graphs must be told
+            torch._dynamo.mark_static_address(tensor)
+
+    def advance(self, T: int, device):
+        """Make room for T more tokens. Returns their positions (T,), and S, the number of keys for them to attend to."""
+        if not self.fixed and self.length + T > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} tokens, got {self.length + T}")
+        i = self.length + torch.arange(T, device=device)
+        self.length += T
+        return i, self.capacity if self.fixed else self.length
+
+    def extend(self, layer: int, i: torch.Tensor, S: int, k: torch.Tensor, v: torch.Tensor):
+        """Store k and v (B, H, T, D) of the tokens at positions i (T,); return those of the first S, (B, H, S, D)."""
+        if layer == len(self.layers):                               # zeros: what is masked must be finite nonetheless
+            self.layers.append([k.new_zeros(*k.shape[:2], self.capacity, k.size(3)) for _ in 'kv'])
+        keys, values = self.layers[layer]
+        return keys.index_copy_(2, i, k)[:, :, :S], values.index_copy_(2, i, v)[:, :, :S]
 
 
 def attend(q, k, v, mask=None, dropout_p=0.0):
     """Attention of T queries to S keys: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D).
 
-    mask: None for plain causal attention, a tensor that broadcasts to (B, H, T, S), or a FlexBias.
+    mask: None for plain causal attention, a tensor that broadcasts to (B, H, T, S), or what alibi_flex() returns.
     """
     T, S = q.size(2), k.size(2)
-    if isinstance(mask, FlexBias):
-        return flex_attention(q, k, v, mask.score_mod, mask.block_mask)
+    if isinstance(mask, partial):
+        return mask(q, k, v)
     if mask is None or T <= 256 or q.device.type != 'cpu':
         return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout_p, is_causal=mask is None and T > 1)
     # with a mask the CPU's kernel computes every key for every query; by chunks of queries it is spared those that
@@ -146,8 +145,7 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, rows, with_gradient):
         rows = math.ceil(len(x) / math.ceil(len(x) / rows))         # as many in each chunk, or nearly
-        counts = (targets != -1).float()[:, None]                   # (N, 1), 0 for those to be ignored
-        targets = targets.clamp(min=0)[:, None]                     # (N, 1)
+        counts, targets = (targets != -1).float()[:, None], targets.clamp(min=0)[:, None]  # (N, 1); 0: to be ignored
         loss, count = 0.0, counts.sum()
         dx, dw = (torch.empty_like(x), torch.zeros_like(weight)) if with_gradient else (None, None)
         for first in range(0, len(x), rows):
@@ -177,13 +175,13 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, mask=None, cache=None, layer=0):
-        """x (B, T, C) -> (B, T, C). mask as for attend(); layer: this one's place in the cache."""
+    def forward(self, x, mask=None, extend=None):
+        """x (B, T, C) -> (B, T, C). mask as for attend(); extend: takes k and v, adds those of earlier tokens."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1)
         q, k, v = qkv.transpose(1, 3).unbind(2)                     # (B, H, T, D) each
-        if cache is not None:
-            k, v = cache.extend(layer, k, v)                        # (B, H, S, D) each
+        if extend is not None:
+            k, v = extend(k, v)                                     # (B, H, S, D) each
         y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)                      # heads side by side again
         return self.resid_dropout(self.c_proj(y))
@@ -211,8 +209,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, mask=None, cache=None, layer=0):
-        x = x + self.attn(self.ln_1(x), mask, cache, layer)
+    def forward(self, x, mask=None, extend=None):
+        x = x + self.attn(self.ln_1(x), mask, extend)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -254,26 +252,23 @@ class GPT(nn.Module):
         Raises ValueError where learned positions end: more than block_size tokens without ALiBi.
         """
         T = idx.size(1)
-        past = 0 if cache is None else cache.length
-        S = past + T
+        i, S = (torch.arange(T, device=idx.device), T) if cache is None else cache.advance(T, idx.device)  # positions, keys
         x = self.transformer.wte(idx)                               # (B, T, C)
         mask = None                                                 # plain causal attention
         if self.config.use_alibi and self.alibi_kernel == 'flex' and cache is None:
             mask = alibi_flex(self.slopes, T)
         elif self.config.use_alibi:
-            mask = alibi_bias(self.slopes, T, S).to(x.dtype)        # (1, H, T, S)
+            mask = alibi_bias(self.slopes, i, S).to(x.dtype)        # (1, H, T, S)
         else:
             if S > self.config.block_size:
                 raise ValueError(f"{S} tokens, but the model has positions for block_size={self.config.block_size}")
-            x = x + self.transformer.wpe(torch.arange(past, S, device=idx.device))
-            if past and T > 1:  # SDPA's is_causal counts from the first key, which is wrong behind a cache
-                mask = torch.ones(T, S, dtype=torch.bool, device=idx.device).tril(past)
+            x = x + self.transformer.wpe(i)
+            if S > T and (T > 1 or cache.fixed):  # SDPA's is_causal counts from the first key, wrong behind a cache
+                mask = i[:, None] >= torch.arange(S, device=idx.device)  # (T, S)
         x = self.transformer.drop(x)
         for layer, block in enumerate(self.transformer.h):
-            x = block(x, mask, cache, layer)
+            x = block(x, mask, None if cache is None else partial(cache.extend, layer, i, S))
         x = self.transformer.ln_f(x)                                # (B, T, C)
-        if cache is not None:
-            cache.length = S
         if targets is None:
             return self.lm_head(x[:, -1:]), None                    # (B, 1, V)
         rows = 2 ** (25 if x.device.type == 'cpu' else 28) // self.config.vocab_size + 1  # whose logits take 128 MB or 1 GB
@@ -287,13 +282,14 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, *, stop=None, vocab_size=None,
-               generators=None, use_cache=True):
+               generators=None, use_cache=True, decode=None):
         """Sample up to max_new_tokens, yielding the next ids (B, 1) as they come. Call eval() first.
 
         idx (B, T) int64: the prompts, T >= 1. temperature: 0 is greedy. top_k: sample among the k likeliest ids.
         stop: a row that drew this id goes on drawing it, and the stream ends when all rows have.
         vocab_size: ids from here on (padding of the vocabulary) are never drawn.
         generators: a torch.Generator for each row, so that a row's text does not depend on the others; None: torch's.
+        decode: this model compiled, for all tokens but the first: their shapes are fixed, so it compiles once.
         Beyond block_size a model with learned positions sees the last block_size tokens, computed anew for every
         token since all positions shift; with ALiBi the context, and the cache, just grow.
         """
@@ -302,11 +298,14 @@ class GPT(nn.Module):
         limit = math.inf if self.config.use_alibi else self.config.block_size
         cache = KVCache(min(idx.size(1) + max_new_tokens, limit)) if use_cache and idx.size(1) <= limit else None
         stopped = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
-        new = idx                                                   # what the cache has not seen yet
+        new, forward = idx, self                                    # new: what the cache has not seen yet
         for _ in range(max_new_tokens):
             if idx.size(1) > limit:
-                idx, cache = idx[:, -limit:], None
-            logits, _ = self(idx if cache is None else new, cache=cache)
+                idx, cache, forward = idx[:, -limit:], None, self
+            logits, _ = forward(idx if cache is None else new, cache=cache)
+            if decode is not None and cache is not None and not cache.fixed:
+                cache.fix_shapes(idx.device)
+                forward = decode
             new = sample_logits(logits[:, -1, :vocab_size], temperature, top_k, generators)
             if stop is not None:
                 new = new.masked_fill(stopped, stop)

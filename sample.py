@@ -32,7 +32,7 @@ stream = False                 # print each token as it comes, one sample after 
 seed = 1337
 device = 'auto'                # cpu, cuda, cuda:1, mps
 dtype = 'auto'                 # float32, bfloat16 or float16
-compile = False                # torch.compile the model: True or False
+compile = False                # torch.compile the model, for all tokens but a sample's first: True or False
 # ---------------------------------------------------------------------------------------------------------------
 setting_names = [name for name, value in list(globals().items())
                  if not name.startswith('_') and type(value) in (bool, int, float, str)]
@@ -76,8 +76,6 @@ def generate():
         model, tok, name = checkpoint.pretrained(init_from), tokenizer(checkpoint.pretrained_meta(init_from)), init_from
     model.to(run.device)
     print(f"{name}, {model.get_num_params() / 1e6:.2f}M parameters; {run}", file=sys.stderr)
-    if run.compile:
-        model.forward = torch.compile(model.forward, dynamic=True)
 
     prompt = tok.encode(read_prompt())
     if not prompt:
@@ -86,7 +84,7 @@ def generate():
     if len(stop_ids) > 1:
         raise UserError(f"stop must be a single token, but {stop!r} makes {len(stop_ids)}")
     options = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, stop=stop_ids[0],
-                   vocab_size=tok.vocab_size)
+                   vocab_size=tok.vocab_size, decode=torch.compile(model, mode='reduce-overhead', dynamic=False) if run.compile else None)
     generators = [torch.Generator(run.device).manual_seed(derive_seed(seed, runtime.SAMPLE, i)) for i in range(num_samples)]
     idx = torch.tensor([prompt], device=run.device)                 # (1, T)
 

@@ -1,7 +1,7 @@
 """Generation, 124M parameters, against transformers: python tests/bench_generate.py
 
 The same GPT-2 weights (random ones), greedily, 64 tokens behind a prompt, one side after the other in turn: with the cache,
-transformers' GPT2LMHeadModel.generate with its cache, and once without the cache. All write the same tokens.
+the same compiled, transformers' GPT2LMHeadModel.generate with its cache, and once without the cache. All write the same tokens.
 """
 import statistics
 import sys
@@ -30,7 +30,9 @@ def main(n=64, rounds=7):
         ours = GPT.from_pretrained(folder)
     for prompt, batch in ((256, 1), (256, 8), (960, 1)):
         idx = torch.randint(50257, (batch, prompt))
+        decode = torch.compile(ours, mode='reduce-overhead', dynamic=False)
         sides = {'ours': lambda k: ours.generate(idx, n, temperature=0),
+                 'ours, compiled': lambda k: ours.generate(idx, n, temperature=0, decode=decode),
                  'transformers': lambda k: theirs.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=n,
                                                            do_sample=False, use_cache=True)}
         if batch == 1 and prompt == 256:
@@ -42,7 +44,7 @@ def main(n=64, rounds=7):
             times |= alternate({name: side for name, side in sides.items() if 'without' in name}, 1, 1)
         print(f"prompt {prompt}, {n} new tokens, batch {batch}: same tokens {same:.2%}")
         for name, seconds in times.items():
-            against = f", time of transformers / ours {ratio(times, 'transformers', 'ours')}" if name == 'ours' else ''
+            against = f", time of transformers / {name} {ratio(times, 'transformers', name)}" if name in ('ours', 'ours, compiled') else ''
             print(f"  {name}: {batch * n / statistics.median(seconds):.1f} tokens/s{against}")
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
 

@@ -25,7 +25,7 @@ def naive_attention(q, k, v, slopes):
 
 def our_attention(q, k, v, slopes):
     """As CausalSelfAttention computes it."""
-    bias = alibi_bias(slopes, q.size(1), k.size(1)).to(q.dtype)
+    bias = alibi_bias(slopes, torch.arange(k.size(1) - q.size(1), k.size(1)), k.size(1)).to(q.dtype)
     return attend(q[None], k[None], v[None], bias)[0]
 
 
@@ -117,8 +117,8 @@ def test_chunks_of_queries_behind_a_cache(T, S):
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 4, S, 16)
     slopes = alibi_slopes(4)
-    whole = F.scaled_dot_product_attention(q, k, v, alibi_bias(slopes, S, S))
-    torch.testing.assert_close(attend(q[:, :, -T:], k, v, alibi_bias(slopes, T, S)), whole[:, :, -T:], rtol=0, atol=1e-5)
+    whole = F.scaled_dot_product_attention(q, k, v, alibi_bias(slopes, torch.arange(S), S))
+    torch.testing.assert_close(attend(q[:, :, -T:], k, v, alibi_bias(slopes, torch.arange(S - T, S), S)), whole[:, :, -T:], rtol=0, atol=1e-5)
 
 
 # FlexAttention, CUDA's way: on the CPU its forward pass can be run
@@ -152,9 +152,9 @@ def small_copy(model):
 
 def test_flex_computes_the_bias_where_it_is_needed():
     """Nothing of size T x T: its mask is kept per block of 128 x 128 positions."""
-    flex = alibi_flex(alibi_slopes(2), 1024)
-    assert flex.block_mask.kv_indices.shape[-2:] == (8, 8)
-    score = flex.score_mod(torch.tensor(1.5), 0, 1, torch.tensor(7), torch.tensor(3))
+    flex = alibi_flex(alibi_slopes(2), 1024).keywords
+    assert flex['block_mask'].kv_indices.shape[-2:] == (8, 8)
+    score = flex['score_mod'](torch.tensor(1.5), 0, 1, torch.tensor(7), torch.tensor(3))
     assert score.item() == pytest.approx(1.5 - alibi_slopes(2)[1].item() * 4)
 
 

@@ -154,8 +154,10 @@ def test_twenty_kills(checkout, tmp_path):
     for _ in range(20):
         has_started = (tmp_path / 'parts/last.pt').exists()
         process = start(checkout, *arguments(**options | dict(init_from='resume' if has_started else 'scratch'), out_dir=tmp_path / 'parts'))
-        read_until(process, 'saved ')
-        time.sleep(rng.uniform(0, 1.0))
+        for _ in range(2):  # the first may be of what it resumed from
+            cycle = time.monotonic()
+            read_until(process, 'saved ')
+        time.sleep(rng.uniform(0, min(time.monotonic() - cycle, 0.5)))  # any moment between a save and the next
         process.kill()
         process.communicate()
         reached = checkpoint.load(tmp_path / 'parts/last.pt')['iter_num']

@@ -204,12 +204,10 @@ def test_state_dict_names_are_nanogpts():
 def test_alibi_slopes_are_the_papers():
     for n in range(1, 65):
         assert alibi_slopes(n).tolist() == pytest.approx(naive.slopes(n), rel=1e-6)
-    with pytest.raises(ValueError, match='0'):
-        alibi_slopes(0)
 
 
 def test_alibi_bias_is_the_formula():
-    bias = alibi_bias(torch.tensor([1 / 16, 1 / 256]), T=2, S=4)  # the last two of four tokens
+    bias = alibi_bias(torch.tensor([1 / 16, 1 / 256]), torch.tensor([2, 3]), S=4)  # the last two of four tokens
     assert bias.shape == (1, 2, 2, 4)
     for h, slope in enumerate([1 / 16, 1 / 256]):
         assert bias[0, h, 0].tolist() == [-slope * 2, -slope, 0, -math.inf]
@@ -246,6 +244,45 @@ def test_generate_equals_a_full_forward_for_each_token(use_alibi, T):
         expected = torch.cat((expected, all_logits(model, context)[:, -1].argmax(-1, keepdim=True)), dim=1)
     assert torch.equal(model.generate(idx, 30, temperature=0), expected)
     assert torch.equal(model.generate(idx, 30, temperature=0, use_cache=False), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('use_alibi', [False, True])
+def test_fixed_shapes_change_nothing(use_alibi, monkeypatch):
+    """What a compiled model runs for each token but the first: the same shapes always, and nothing seen of what is not there yet."""
+    model, idx, shapes = small(use_alibi=use_alibi), random_ids(3, 5), set()
+    original = F.scaled_dot_product_attention
+
+    def spy(q, k, v, mask=None, **options):
+        shapes.add((q.size(2), k.size(2), tuple(mask.shape[-2:])))
+        return original(q, k, v, mask, **options)
+
+    def decode(new, cache):
+        assert new.shape == (3, 1) and cache.fixed
+        for tensor in sum(cache.layers, []):
+            tensor[:, :, cache.length:] = 1e30  # must not be seen
+        with monkeypatch.context() as patch:
+            patch.setattr(F, 'scaled_dot_product_attention', spy)
+            return model(new, cache=cache)
+
+    for n, capacity in ((8, 13), (40, 45 if use_alibi else 16)):  # the second goes beyond block_size
+        expected = model.generate(idx, n, temperature=0)
+        assert torch.equal(model.generate(idx, n, temperature=0, decode=decode), expected)
+        assert shapes == {(1, capacity, (1, capacity))}
+        shapes.clear()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('use_alibi', [False, True])
+def test_compiled_generation(use_alibi):
+    """The same text, and compiled once."""
+    model, idx = small(use_alibi=use_alibi), random_ids(2, 3)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    decode = torch.compile(model, mode='reduce-overhead', dynamic=False)
+    for _ in range(2):
+        assert torch.equal(model.generate(idx, 40, temperature=0, decode=decode), model.generate(idx, 40, temperature=0))
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1
 
 
 def test_a_row_does_not_depend_on_the_others():

@@ -42,6 +42,13 @@ def test_streaming_prints_the_same_text(checkout, trained):
     assert texts(sample(checkout, trained, stream=True)) == texts(sample(checkout, trained))
 
 
+@pytest.mark.slow
+def test_a_compiled_model_writes_the_same_text(checkout, trained):
+    """Beyond its block_size too, where nothing is compiled."""
+    options = dict(compile=True, max_new_tokens=100, num_samples=3)
+    assert texts(sample(checkout, trained, **options)) == texts(sample(checkout, trained, **options | dict(compile=False)))
+
+
 def test_prompts(checkout, trained, tmp_path):
     assert all(text.startswith('1+1=') for text in texts(sample(checkout, trained, '--start=1+1=')))
     assert all(text.startswith('123') for text in texts(sample(checkout, trained, '--start', '123')))
