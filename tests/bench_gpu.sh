@@ -29,6 +29,12 @@ for config in train_shakespeare_char train_shakespeare_char_alibi; do
     part "$config-sample" timeout 120 $py sample.py --out_dir=$out/$config --num_samples=2 --max_new_tokens=300
     echo "best: $(grep '^step' "$out/$config.txt" | sort -k8 -n | head -1)"
 done
+# compiled generation, replayed as a CUDA graph: the same text
+for compile in False True; do
+    part "sample-compile-$compile" bash -c "time timeout 300 $py sample.py --out_dir=$out/train_shakespeare_char_alibi --compile=$compile \
+        --dtype=float32 --temperature=0 --num_samples=2 --max_new_tokens=300 > '$out/text-$compile.txt'"
+done
+cmp "$out/text-False.txt" "$out/text-True.txt" && echo "compiled: the same text"
 part extrapolation timeout 300 $py sample_alibi_extrapolation.py "$out/train_shakespeare_char_alibi"
 
 # nothing in an iteration waits for the GPU but what is meant to: where it does, PyTorch warns, at most once a logged iteration
