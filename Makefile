@@ -1,6 +1,6 @@
 # make quickstart   from nothing to samples: environment, data, a trained baby GPT, its text
-# make test         the tests (four minutes on two cores)
-# make test-slow    the slow ones (four more)
+# make test         the tests (four to six minutes on two cores)
+# make test-slow    the slow ones (as long again)
 
 PYTHON ?= python3
 PY := .venv/bin/python
