@@ -291,7 +291,7 @@ def bench_generation(run):
     model_module.attend = built_attention
     sides = {'with the cache': make(), 'without': make(use_cache=False)}
     if run.compile:
-        sides = {'with the cache, compiled': make(decode=torch.compile(model, mode='reduce-overhead', dynamic=False))} | sides
+        sides = {'with the cache, compiled': make(decode=runtime.compile_decoding(model))} | sides
     for generate in sides.values():
         generate(0)
     run.wait()

@@ -49,8 +49,10 @@ def alibi_slopes(n_head: int) -> torch.Tensor:
 
     With n_head a power of two the slopes are 2^(-8/n), 2^(-16/n), ... 2^-8. For other counts the heads beyond the
     largest power of two take every other slope of the sequence for twice that power, as the authors' code does
-    (Press et al. 2022).
+    (Press et al. 2022). Raises ValueError for n_head < 1.
     """
+    if n_head < 1:
+        raise ValueError(f"n_head must be at least 1, got {n_head}")
     c = 2 ** int(math.log2(n_head))  # the largest power of two that fits
     exponents = [-8 * (h + 1) / c for h in range(c)] + [-4 * (2 * e + 1) / c for e in range(n_head - c)]
     return torch.tensor([2.0 ** x for x in exponents], dtype=torch.float32)
@@ -88,9 +90,8 @@ class KVCache:
     """Keys and values of the `length` tokens seen so far, for each layer two (B, H, capacity, D), allocated once."""
 
     def __init__(self, capacity: int):
-        self.capacity = capacity
+        self.capacity, self.layers = capacity, []
         self.length, self.fixed = 0, False                          # where shapes are fixed, the length is a tensor
-        self.layers = []
 
     def fix_shapes(self, device):
         """For a compiled model: from here on attention goes over the whole capacity, and no shape depends on the length."""
@@ -169,8 +170,7 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.n_head = config.n_head
-        self.dropout = config.dropout
+        self.n_head, self.dropout = config.n_head, config.dropout
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
@@ -289,7 +289,7 @@ class GPT(nn.Module):
         stop: a row that drew this id goes on drawing it, and the stream ends when all rows have.
         vocab_size: ids from here on (padding of the vocabulary) are never drawn.
         generators: a torch.Generator for each row, so that a row's text does not depend on the others; None: torch's.
-        decode: this model compiled, for all tokens but the first: their shapes are fixed, so it compiles once.
+        decode: this model compiled, for all tokens but the first: their shapes are fixed (runtime.compile_decoding).
         Beyond block_size a model with learned positions sees the last block_size tokens, computed anew for every
         token since all positions shift; with ALiBi the context, and the cache, just grow.
         """

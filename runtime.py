@@ -157,6 +157,11 @@ def resolve(device='auto', dtype='auto', compile='auto') -> Runtime:
     return Runtime(torch.device(device), dtype, kind == 'cuda' if compile == 'auto' else compile)
 
 
+def compile_decoding(model):
+    """The model compiled for GPT.stream(decode=...): a token at a time in fixed shapes, on a GPU replayed as a CUDA graph."""
+    return torch.compile(model, mode='reduce-overhead', dynamic=False)
+
+
 def start(device='auto', dtype='auto', compile='auto', backend='auto') -> Runtime:
     """Resolve as `resolve` does, and join the other processes if torchrun started this one."""
     run = resolve(device, dtype, compile)

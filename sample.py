@@ -84,7 +84,7 @@ def generate():
     if len(stop_ids) > 1:
         raise UserError(f"stop must be a single token, but {stop!r} makes {len(stop_ids)}")
     options = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, stop=stop_ids[0],
-                   vocab_size=tok.vocab_size, decode=torch.compile(model, mode='reduce-overhead', dynamic=False) if run.compile else None)
+                   vocab_size=tok.vocab_size, decode=runtime.compile_decoding(model) if run.compile else None)
     generators = [torch.Generator(run.device).manual_seed(derive_seed(seed, runtime.SAMPLE, i)) for i in range(num_samples)]
     idx = torch.tensor([prompt], device=run.device)                 # (1, T)
 

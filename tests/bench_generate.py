@@ -30,7 +30,7 @@ def main(n=64, rounds=7):
         ours = GPT.from_pretrained(folder)
     for prompt, batch in ((256, 1), (256, 8), (960, 1)):
         idx = torch.randint(50257, (batch, prompt))
-        decode = torch.compile(ours, mode='reduce-overhead', dynamic=False)
+        decode = runtime.compile_decoding(ours)
         sides = {'ours': lambda k: ours.generate(idx, n, temperature=0),
                  'ours, compiled': lambda k: ours.generate(idx, n, temperature=0, decode=decode),
                  'transformers': lambda k: theirs.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=n,

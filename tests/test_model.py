@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from model import GPT, GPTConfig, KVCache, alibi_bias, alibi_slopes, sample_logits
+from runtime import compile_decoding
 
 SMALL = dict(block_size=16, vocab_size=23, n_layer=2, n_head=3, n_embd=24)
 
@@ -204,6 +205,8 @@ def test_state_dict_names_are_nanogpts():
 def test_alibi_slopes_are_the_papers():
     for n in range(1, 65):
         assert alibi_slopes(n).tolist() == pytest.approx(naive.slopes(n), rel=1e-6)
+    with pytest.raises(ValueError, match='0'):
+        alibi_slopes(0)
 
 
 def test_alibi_bias_is_the_formula():
@@ -279,7 +282,7 @@ def test_compiled_generation(use_alibi):
     model, idx = small(use_alibi=use_alibi), random_ids(2, 3)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    decode = torch.compile(model, mode='reduce-overhead', dynamic=False)
+    decode = compile_decoding(model)
     for _ in range(2):
         assert torch.equal(model.generate(idx, 40, temperature=0, decode=decode), model.generate(idx, 40, temperature=0))
     assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1
