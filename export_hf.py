@@ -5,11 +5,13 @@
 then, in Python:
 
     from transformers import pipeline
-    print(pipeline('text-generation', 'hf-shakespeare-char')('ROMEO:', max_new_tokens=50)[0]['generated_text'])
+    write = pipeline('text-generation', 'hf-shakespeare-char')
+    print(write('ROMEO:', max_new_tokens=50)[0]['generated_text'])
 
-Learned positions become a GPT2LMHeadModel (biases of zero where there are none), which transformers runs up to block_size
-tokens, prompt included. ALiBi without biases becomes an MptForCausalLM, which runs on. Writes the weights (safetensors),
-config, tokenizer and a model card.
+A model with learned positions becomes a GPT2LMHeadModel (with biases of zero where it has none), which
+transformers runs up to block_size tokens, prompt included. A model with ALiBi and without biases becomes an
+MptForCausalLM, which runs beyond that. The folder holds the weights (safetensors), the config, the tokenizer
+and a model card.
 """
 import base64
 import shutil
@@ -19,16 +21,18 @@ from pathlib import Path
 import torch
 
 import checkpoint
+import rundir
 from runtime import UserError, one_line_errors
 
-# ---------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 # settings
-out_dir = 'out'                # the checkpoint's folder: ckpt.pt, else last.pt
-hf_dir = ''                    # the folder to make; none: hf- in front of out_dir's name
+out_dir = 'out'                # the folder of a training run: ckpt.pt, else last.pt
+hf_dir = ''                    # the folder to make; if empty, hf-x beside out-x
 max_length = 65536             # with ALiBi, the longest sequence that transformers will accept
-# ---------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 setting_names = [name for name, value in list(globals().items())
                  if not name.startswith('_') and type(value) in (bool, int, float, str)]
+_skip_unknown = True           # a training config's other settings are passed over
 if __name__ == '__main__':
     exec(Path(__file__).with_name('configurator.py').read_text(encoding='utf-8'))
 
@@ -38,18 +42,26 @@ def to_gpt2(model, end_id):
     from transformers import GPT2Config, GPT2LMHeadModel
     config = model.config
     peer = GPT2LMHeadModel(GPT2Config(
-        vocab_size=config.vocab_size, n_positions=config.block_size, n_embd=config.n_embd, n_layer=config.n_layer,
-        n_head=config.n_head, activation_function='gelu' if config.gelu == 'erf' else 'gelu_new',
-        resid_pdrop=config.dropout, embd_pdrop=config.dropout, attn_pdrop=config.dropout, bos_token_id=end_id, eos_token_id=end_id))
-    state = peer.state_dict()
-    ours = model.state_dict()
-    for key, value in state.items():
-        if key not in ours:                                         # a bias that this model does without
-            ours[key] = torch.zeros_like(value)
+        vocab_size=config.vocab_size, n_positions=config.block_size, n_embd=config.n_embd,
+        n_layer=config.n_layer, n_head=config.n_head,
+        activation_function='gelu' if config.gelu == 'erf' else 'gelu_new',
+        resid_pdrop=config.dropout, embd_pdrop=config.dropout, attn_pdrop=config.dropout,
+        bos_token_id=end_id, eos_token_id=end_id))
+    state = model.state_dict()
+    for key, value in peer.state_dict().items():
+        if key not in state:                                        # a bias that this model does without
+            state[key] = torch.zeros_like(value)
         elif key.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')):
-            ours[key] = ours[key].t()                               # theirs are Conv1D: (in, out)
-    peer.load_state_dict(ours)
+            state[key] = state[key].t()                             # theirs are Conv1D: (in, out)
+    peer.load_state_dict(state)
     return peer
+
+
+def mpt_name(key):
+    """The name in an MptForCausalLM of what this model's state dict calls `key`."""
+    names = {'h': 'blocks', 'ln_1': 'norm_1', 'ln_2': 'norm_2', 'ln_f': 'norm_f', 'mlp': 'ffn',
+             'c_attn': 'Wqkv', 'c_fc': 'up_proj', 'c_proj': 'out_proj' if '.attn.' in key else 'down_proj'}
+    return '.'.join(names.get(part, part) for part in key.split('.'))
 
 
 def to_mpt(model, end_id):
@@ -57,22 +69,19 @@ def to_mpt(model, end_id):
     from transformers import MptConfig, MptForCausalLM
     config = model.config
     if config.bias or config.gelu != 'erf':
-        raise UserError("a model with ALiBi can be exported only with bias=False and the erf GELU: transformers has no other "
-                        "with ALiBi that computes the same (MPT has no biases, BLOOM normalizes its embeddings)")
+        raise UserError("a model with ALiBi can be exported only with bias=False and the erf GELU: no other "
+                        "model in transformers computes the same (MPT has no biases, BLOOM normalizes its "
+                        "embeddings)")
     peer = MptForCausalLM(MptConfig(
-        vocab_size=config.vocab_size, max_seq_len=max(max_length, config.block_size), d_model=config.n_embd, n_layers=config.n_layer,
-        n_heads=config.n_head, expansion_ratio=4, no_bias=True, bos_token_id=end_id, eos_token_id=end_id))
-    names = {'h': 'blocks', 'ln_1': 'norm_1', 'ln_2': 'norm_2', 'ln_f': 'norm_f', 'mlp': 'ffn', 'c_attn': 'Wqkv', 'c_fc': 'up_proj'}
-    state = {}
-    for key, value in model.state_dict().items():
-        projection = 'out_proj' if '.attn.' in key else 'down_proj'
-        state['.'.join(names.get(part, projection if part == 'c_proj' else part) for part in key.split('.'))] = value
-    peer.load_state_dict(state)
+        vocab_size=config.vocab_size, max_seq_len=max(max_length, config.block_size),
+        d_model=config.n_embd, n_layers=config.n_layer, n_heads=config.n_head, expansion_ratio=4,
+        no_bias=True, bos_token_id=end_id, eos_token_id=end_id))
+    peer.load_state_dict({mpt_name(key): value for key, value in model.state_dict().items()})
     return peer
 
 
 def char_tokenizer(meta):
-    """A tokenizer of transformers with a token for each character of a data set's meta, and no others."""
+    """A tokenizer of transformers with one token for each character in a data set's meta."""
     import tokenizers
     from transformers import PreTrainedTokenizerFast
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel(meta['stoi'], unk_token=None))
@@ -82,23 +91,28 @@ def char_tokenizer(meta):
 
 
 def bpe_tokenizer():
-    """GPT-2's tokenizer for transformers, from the vocabulary that tiktoken has."""
+    """GPT-2's tokenizer for transformers, from tiktoken's vocabulary."""
     import tiktoken
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
     bpe = tiktoken.get_encoding('gpt2')
-    with tempfile.NamedTemporaryFile('wb', suffix='.tiktoken') as file:  # the converter reads tiktoken's own format
-        file.writelines(base64.b64encode(token) + b' %d\n' % rank for token, rank in bpe._mergeable_ranks.items())
+    with tempfile.NamedTemporaryFile('wb', suffix='.tiktoken') as file:  # the format that the converter reads
+        for token, rank in bpe._mergeable_ranks.items():
+            file.write(base64.b64encode(token) + b' %d\n' % rank)
         file.flush()
-        core = TikTokenConverter(file.name, pattern=bpe._pat_str, extra_special_tokens=bpe._special_tokens).converted()
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token='<|endoftext|>', eos_token='<|endoftext|>',
-                                   clean_up_tokenization_spaces=False)
+        core = TikTokenConverter(file.name, pattern=bpe._pat_str,
+                                 extra_special_tokens=bpe._special_tokens).converted()
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token='<|endoftext|>',
+                                   eos_token='<|endoftext|>', clean_up_tokenization_spaces=False)
 
 
 def model_card(state, name):
     """The README.md of the folder: what the model is, how it was trained, what it measured."""
     args, config = state['model_args'], state.get('config', {})
-    loss = float(state['best_val_loss']) if 'best_val_loss' in state else None
+    positions = 'ALiBi' if args.get('use_alibi') else 'learned positions'
+    loss = 'unknown'
+    if 'best_val_loss' in state:
+        loss = f"{float(state['best_val_loss']):.4f} nats per token"
     rows = '\n'.join(f'| {key} | {value} |' for key, value in {**args, **config}.items())
     return f'''---
 pipeline_tag: text-generation
@@ -106,9 +120,9 @@ library_name: transformers
 ---
 # {name}
 
-A GPT with {'ALiBi' if args.get('use_alibi') else 'learned positions'}, trained on `{config.get('dataset', 'unknown data')}` for
+A GPT with {positions}, trained on `{config.get('dataset', 'unknown data')}` for
 {state.get('iter_num', 'an unknown number of')} iterations. Best estimate of the val loss during training:
-{'unknown' if loss is None else f'{loss:.4f} nats per token'}.
+{loss}.
 
 | setting | value |
 |---|---|
@@ -118,24 +132,29 @@ A GPT with {'ALiBi' if args.get('use_alibi') else 'learned positions'}, trained 
 
 def export():
     """Write the folder, complete or not at all."""
-    model, state, path = checkpoint.load_for_sampling(out_dir)
+    model, state, path = rundir.load_for_sampling(out_dir)
     meta = checkpoint.data_meta(state)
-    target = Path(hf_dir) if hf_dir else Path(out_dir).with_name('hf-' + Path(out_dir).name.removeprefix('out-'))
+    target = Path(hf_dir)
+    if not hf_dir:
+        target = Path(out_dir).with_name('hf-' + Path(out_dir).name.removeprefix('out-'))
     if target.exists() and not (target / 'config.json').exists():
-        raise UserError(f"{target} exists and is no export: choose another --hf_dir, or remove it")
+        raise UserError(f"{target} exists and is not an export: choose another --hf_dir, or remove it")
     end_id = None if meta else 50256                                # a character set has no end-of-text
-    peer = (to_mpt if model.config.use_alibi else to_gpt2)(model, end_id)
+    convert = to_mpt if model.config.use_alibi else to_gpt2
+    peer = convert(model, end_id)
     temporary = target.with_name(target.name + '.tmp')
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         peer.save_pretrained(temporary)
-        (char_tokenizer(meta) if meta else bpe_tokenizer()).save_pretrained(temporary)
+        tokenizer = char_tokenizer(meta) if meta else bpe_tokenizer()
+        tokenizer.save_pretrained(temporary)
         (temporary / 'README.md').write_text(model_card(state, target.name), encoding='utf-8')
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    print(f"{path}, iteration {state.get('iter_num')} -> {target}: {type(peer).__name__}, {peer.num_parameters() / 1e6:.2f}M parameters")
+    print(f"{path}, iteration {state.get('iter_num')} -> {target}: {type(peer).__name__}, "
+          f"{peer.num_parameters() / 1e6:.2f}M parameters")
 
 
 if __name__ == '__main__':

@@ -3,10 +3,11 @@
 A decoder-only transformer as GPT-2 (Radford et al. 2019), with nanoGPT's parameter names, and optionally
 ALiBi (Press et al. 2022, arXiv 2108.12409) in place of position embeddings.
 
-Letters in the comments on shapes: B sequences in the batch, T tokens that go in, S tokens that are attended to
-(S > T when a cache holds earlier ones), C channels (n_embd), H heads, D = C / H, V vocabulary.
+Letters in the comments on shapes: B sequences in the batch, T tokens that go in, S tokens that are attended
+to (S > T when a cache holds earlier ones), C channels (n_embd), H heads, D = C / H, V vocabulary.
 """
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,29 +28,30 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = True        # in Linear and LayerNorm, as GPT-2; False is a bit better and faster
     use_alibi: bool = False  # linear attention biases, no position embeddings
-    gelu: str = 'erf'        # or 'tanh', the approximation that GPT-2's own weights are made for
+    gelu: str = 'erf'        # or 'tanh', the approximation that GPT-2's own weights were trained with
 
     def __post_init__(self):
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd must be a multiple of n_head, got n_embd={self.n_embd}, n_head={self.n_head}")
+            raise ValueError(f"n_embd must be a multiple of n_head, "
+                             f"got n_embd={self.n_embd}, n_head={self.n_head}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.gelu not in ('erf', 'tanh'):
             raise ValueError(f"gelu must be erf or tanh, got {self.gelu!r}")
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 # ALiBi
 
 def alibi_slopes(n_head: int) -> torch.Tensor:
     """The slope of each head's linear bias, (n_head,) float32, all in (0, 1).
 
-    With n_head a power of two the slopes are 2^(-8/n), 2^(-16/n), ... 2^-8. For other counts the heads beyond the
-    largest power of two take every other slope of the sequence for twice that power, as the authors' code does
-    (Press et al. 2022). Raises ValueError for n_head < 1.
+    Powers of 2^(-8/n) for a power of two. For other counts the heads beyond the largest power of two take
+    every other slope of the sequence for twice that power, as the authors' code does (Press et al. 2022,
+    arXiv 2108.12409). Raises ValueError for n_head < 1.
     """
     if n_head < 1:
         raise ValueError(f"n_head must be at least 1, got {n_head}")
@@ -59,48 +61,81 @@ def alibi_slopes(n_head: int) -> torch.Tensor:
 
 
 def alibi_bias(slopes: torch.Tensor, i: torch.Tensor, S: int) -> torch.Tensor:
-    """What is added to the attention scores of the queries at positions i (T,) with S keys: (1, H, T, S) float32.
+    """What ALiBi adds to the scores of the queries at positions i (T,) against S keys: (1, H, T, S) float32.
 
-    That is -slope_h * (i - j) where key j is not after query i, else -inf.
+    That is -slope_h * (i - j) for key j, and -inf where key j lies after query i.
     """
     i, j = i[:, None], torch.arange(S, device=i.device)             # (T, 1) and (S,)
     distance = (i - j).float().masked_fill(j > i, math.inf)         # (T, S), how far j lies behind i
     return -slopes.view(1, -1, 1, 1) * distance                     # (1, H, T, S)
 
 
-def alibi_flex(slopes: torch.Tensor, T: int):
-    """FlexAttention of T tokens, for a compiled model: the bias is computed where it is needed, nothing is of size T x T."""
-    return partial(flex_attention, score_mod=lambda score, b, h, i, j: score - slopes[h] * (i - j),
-                   block_mask=create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T, device=slopes.device))
+# ---------------------------------------------------------------------------------------------------------
+# attention
 
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float = 0.0,
+              mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Attention of T queries to S keys by PyTorch's fused kernels.
 
-def alibi_kernel(device_type: str, compiled: bool, dropout: float) -> str:
-    """How training with ALiBi computes attention: 'flex' or 'sdpa', the faster of what is exact there.
-
-    flex: FlexAttention, compiled, on CUDA; it has no dropout. sdpa: scaled_dot_product_attention with the bias as mask,
-    which fused kernels take on the CPU (without dropout) and on CUDA. Generation always has sdpa, on a single row of bias.
+    q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D). mask, broadcast to (B, H, T, S): added to the
+    scores, or if bool, True where a key is seen. None: one query sees all keys, more are causal (T == S).
     """
-    return 'flex' if device_type == 'cuda' and compiled and dropout == 0 else 'sdpa'
+    T, S = q.size(2), k.size(2)
+    if mask is None or T <= 256 or q.device.type != 'cpu':
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout_p,
+                                              is_causal=mask is None and T > 1)
+    # with a mask the CPU's kernel computes every key for every query; taking the queries in chunks spares it
+    # the keys after the chunk (at T = 1024 a training step takes 1.11, not 1.29, of learned positions' time)
+    chunks = []
+    for start in range(0, T, 256):
+        end = min(start + 256, T)
+        seen = S - T + end                                          # keys up to the chunk's last query
+        chunks.append(F.scaled_dot_product_attention(q[:, :, start:end], k[:, :, :seen], v[:, :, :seen],
+                                                     mask[..., start:end, :seen],
+                                                     dropout_p=dropout_p))
+    return torch.cat(chunks, dim=2)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# the transformer
+def alibi_flex_attention(slopes: torch.Tensor, T: int) -> Callable:
+    """ALiBi for T tokens by FlexAttention, which computes the bias on the fly: for GPT.forward's `attend`.
+
+    For a compiled model on CUDA without dropout. No GPU has measured it yet, so no model chooses it.
+    Make it once and pass it to each call: its block mask takes longer to build than to use.
+    """
+    def add_bias(score, b, h, i, j):
+        return score - slopes[h] * (i - j)
+
+    def is_causal(b, h, i, j):
+        return i >= j
+
+    block_mask = create_block_mask(is_causal, None, None, T, T, device=slopes.device)
+
+    def attend(q, k, v, dropout_p=0.0):
+        if dropout_p > 0:
+            raise ValueError("FlexAttention has no dropout")
+        return flex_attention(q, k, v, score_mod=add_bias, block_mask=block_mask)
+    return attend
+
 
 class KVCache:
-    """Keys and values of the `length` tokens seen so far, for each layer two (B, H, capacity, D), allocated once."""
+    """Keys and values of the tokens seen so far: (B, H, capacity, D) twice for each layer, allocated once."""
 
     def __init__(self, capacity: int):
-        self.capacity, self.layers = capacity, []
-        self.length, self.fixed = 0, False                          # where shapes are fixed, the length is a tensor
+        self.capacity = capacity
+        self.length = 0      # tokens seen; an int, or once shapes are fixed a tensor
+        self.fixed = False
+        self.layers = []     # a (keys, values) pair each
 
     def fix_shapes(self, device):
-        """For a compiled model: from here on attention goes over the whole capacity, and no shape depends on the length."""
+        """Attend over the whole capacity from now on, so that no shape changes and a model compiles once."""
         self.length, self.fixed = torch.tensor(self.length, device=device), True
-        for tensor in sum(self.layers, [self.length]):              # they change in place, which CUDA graphs must be told
-            torch._dynamo.mark_static_address(tensor)
+        torch._dynamo.mark_static_address(self.length)              # for CUDA graphs: it changes in place
+        for keys, values in self.layers:
+            torch._dynamo.mark_static_address(keys)
+            torch._dynamo.mark_static_address(values)
 
     def advance(self, T: int, device):
-        """Make room for T more tokens. Returns their positions (T,), and S, the number of keys for them to attend to."""
+        """Make room for T more tokens: their positions (T,), and the number S of keys to attend to."""
         if not self.fixed and self.length + T > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} tokens, got {self.length + T}")
         i = self.length + torch.arange(T, device=device)
@@ -108,55 +143,50 @@ class KVCache:
         return i, self.capacity if self.fixed else self.length
 
     def extend(self, layer: int, i: torch.Tensor, S: int, k: torch.Tensor, v: torch.Tensor):
-        """Store k and v (B, H, T, D) of the tokens at positions i (T,); return those of the first S, (B, H, S, D)."""
-        if layer == len(self.layers):                               # zeros: what is masked must be finite nonetheless
-            self.layers.append([k.new_zeros(*k.shape[:2], self.capacity, k.size(3)) for _ in 'kv'])
+        """Store k and v (B, H, T, D) of the tokens at positions i (T,); return the first S of all of them."""
+        if layer == len(self.layers):
+            B, H, _, D = k.shape
+            shape = (B, H, self.capacity, D)                        # zeros: what is masked must be finite too
+            self.layers.append((k.new_zeros(shape), v.new_zeros(shape)))
         keys, values = self.layers[layer]
         return keys.index_copy_(2, i, k)[:, :, :S], values.index_copy_(2, i, v)[:, :, :S]
 
 
-def attend(q, k, v, mask=None, dropout_p=0.0):
-    """Attention of T queries to S keys: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D).
+# ---------------------------------------------------------------------------------------------------------
+# the transformer
 
-    mask: None for plain causal attention, a tensor that broadcasts to (B, H, T, S), or what alibi_flex() returns.
+def max_logits(device: torch.device) -> int:
+    """How many logits a loss may have at once; more of them take HeadLoss.
+
+    On a CPU 128 MB in float32, since chunks are also faster there. On a GPU 8 GiB: nobody has measured them.
     """
-    T, S = q.size(2), k.size(2)
-    if isinstance(mask, partial):
-        return mask(q, k, v)
-    if mask is None or T <= 256 or q.device.type != 'cpu':
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout_p, is_causal=mask is None and T > 1)
-    # with a mask the CPU's kernel computes every key for every query; by chunks of queries it is spared those that
-    # come after the chunk (at T = 1024 a training step takes 1.11 instead of 1.29 times that of learned positions)
-    chunks = []
-    for start in range(0, T, 256):
-        end = min(start + 256, T)
-        seen = S - T + end                                          # keys up to the chunk's last query
-        chunks.append(F.scaled_dot_product_attention(q[:, :, start:end], k[:, :, :seen], v[:, :, :seen],
-                                                     mask[..., start:end, :seen], dropout_p=dropout_p))
-    return torch.cat(chunks, dim=2)
+    return 2**25 if device.type == 'cpu' else 2**31
 
 
 class HeadLoss(torch.autograd.Function):
-    """The head and its mean cross-entropy, some tokens at a time, so that the logits of all never exist at once.
+    """The head and its mean cross-entropy, some tokens at a time, so that not all logits exist at once.
 
-    x (N, C), weight (V, C), targets (N,) int64, -1 to be ignored -> a scalar, in nats. Each chunk's gradient is computed
-    along with its loss while its logits are there, as in Liger Kernel (Hsu et al. 2024, arXiv 2410.10989).
+    x (N, C), weight (V, C), targets (N,) int64, -1 to be ignored -> a scalar, in nats. A chunk's gradient is
+    computed along with its loss, while its logits are there, as in Liger Kernel (Hsu et al. 2024, arXiv
+    2410.10989).
     """
 
     @staticmethod
     def forward(ctx, x, weight, targets, rows, with_gradient):
-        rows = math.ceil(len(x) / math.ceil(len(x) / rows))         # as many in each chunk, or nearly
-        counts, targets = (targets != -1).float()[:, None], targets.clamp(min=0)[:, None]  # (N, 1); 0: to be ignored
-        loss, count = 0.0, counts.sum()
-        dx, dw = (torch.empty_like(x), torch.zeros_like(weight)) if with_gradient else (None, None)
+        rows = math.ceil(len(x) / math.ceil(len(x) / rows))         # about as many in each chunk
+        keep = (targets != -1).float()[:, None]                     # (N, 1), 0: to be ignored
+        targets = targets.clamp(min=0)[:, None]                     # (N, 1)
+        loss, count = 0.0, keep.sum()
+        dx = torch.empty_like(x) if with_gradient else None
+        dw = torch.zeros_like(weight) if with_gradient else None
         for first in range(0, len(x), rows):
-            some = slice(first, first + rows)
-            logp = F.log_softmax(x[some] @ weight.t(), dim=-1, dtype=torch.float32)  # (rows, V)
-            loss -= (logp.gather(1, targets[some]) * counts[some]).sum()
+            chunk = slice(first, first + rows)
+            logp = F.log_softmax(x[chunk] @ weight.t(), dim=-1, dtype=torch.float32)  # (rows, V)
+            loss -= (logp.gather(1, targets[chunk]) * keep[chunk]).sum()
             if with_gradient:
-                dlogits = logp.exp_().scatter_add_(1, targets[some], -torch.ones_like(counts[some]))
-                dx[some] = dlogits @ weight * counts[some]
-                dw += dlogits.t() @ (x[some] * counts[some])
+                dlogits = logp.exp_().scatter_add_(1, targets[chunk], -torch.ones_like(keep[chunk]))
+                dx[chunk] = dlogits @ weight * keep[chunk]
+                dw += dlogits.t() @ (x[chunk] * keep[chunk])
         ctx.save_for_backward(dx, dw, count)
         return loss / count
 
@@ -170,19 +200,20 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
+        self.n_head = config.n_head
+        self.dropout = config.dropout
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, mask=None, extend=None):
-        """x (B, T, C) -> (B, T, C). mask as for attend(); extend: takes k and v, adds those of earlier tokens."""
+    def forward(self, x, attend=attention, extend=None):
+        """x (B, T, C) -> (B, T, C). attend: see GPT.forward. extend: adds the k and v of earlier tokens."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1)
         q, k, v = qkv.transpose(1, 3).unbind(2)                     # (B, H, T, D) each
         if extend is not None:
             k, v = extend(k, v)                                     # (B, H, S, D) each
-        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
+        y = attend(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)                      # heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
@@ -209,8 +240,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, mask=None, extend=None):
-        x = x + self.attn(self.ln_1(x), mask, extend)
+    def forward(self, x, attend=attention, extend=None):
+        x = x + self.attn(self.ln_1(x), attend, extend)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -220,64 +251,76 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        modules = dict(wte=nn.Embedding(config.vocab_size, config.n_embd))
+        modules = {'wte': nn.Embedding(config.vocab_size, config.n_embd)}
         if config.use_alibi:
-            self.register_buffer('slopes', alibi_slopes(config.n_head), persistent=False)  # no part of the state dict
-            self.alibi_kernel = 'sdpa'                              # or 'flex', as alibi_kernel() says
+            self.register_buffer('slopes', alibi_slopes(config.n_head), persistent=False)  # (H,)
         else:
             modules['wpe'] = nn.Embedding(config.block_size, config.n_embd)
-        modules |= dict(drop=nn.Dropout(config.dropout), h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                        ln_f=nn.LayerNorm(config.n_embd, bias=config.bias))
+        modules['drop'] = nn.Dropout(config.dropout)
+        modules['h'] = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        modules['ln_f'] = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.transformer = nn.ModuleDict(modules)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied (Press and Wolf 2017, arXiv 1608.05859)
         self.apply(self._init_weights)
 
     def _init_weights(self, module):
-        """GPT-2's: normal(0, 0.02), zero biases; each of the 2 n_layer projections into the residual stream smaller."""
+        """GPT-2's: normal(0, 0.02), zero biases, and smaller projections into the residual stream."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
-        if isinstance(module, (CausalSelfAttention, MLP)):  # apply() visits children first, so this comes last
+        if isinstance(module, (CausalSelfAttention, MLP)):  # visited after the Linear layers in them
             nn.init.normal_(module.c_proj.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
-    def forward(self, idx, targets=None, cache: KVCache = None, return_logits=True):
+    def forward(self, idx, targets=None, cache: KVCache | None = None, return_logits=True, attend=None):
         """Logits, and the mean cross-entropy in nats if there are targets.
 
         idx (B, T) int64: token ids. targets (B, T) int64 or None: the next ids; -1 is ignored.
-        With targets: logits (B, T, V) and a scalar loss; without: logits of the last position (B, 1, V) and None.
+        With targets: logits (B, T, V) and a scalar loss. Without: the last position's logits (B, 1, V), None.
         cache: idx continues the tokens that it holds, and is added to it.
-        return_logits: False, with targets, gives None for the logits, and where they are many saves their memory.
-        Raises ValueError where learned positions end: more than block_size tokens without ALiBi.
+        return_logits: False, with targets, gives None for the logits, which saves memory where they are many.
+        attend: (q, k, v, dropout_p) -> y, masked and biased, in place of the model's own choice.
+        Raises ValueError for more than block_size tokens with learned positions.
         """
-        T = idx.size(1)
-        i, S = (torch.arange(T, device=idx.device), T) if cache is None else cache.advance(T, idx.device)  # positions, keys
+        T, device = idx.size(1), idx.device
+        i, S = (torch.arange(T, device=device), T) if cache is None else cache.advance(T, device)
         x = self.transformer.wte(idx)                               # (B, T, C)
-        mask = None                                                 # plain causal attention
-        if self.config.use_alibi and self.alibi_kernel == 'flex' and cache is None:
-            mask = alibi_flex(self.slopes, T)
-        elif self.config.use_alibi:
-            mask = alibi_bias(self.slopes, i, S).to(x.dtype)        # (1, H, T, S)
-        else:
+        if not self.config.use_alibi:
             if S > self.config.block_size:
-                raise ValueError(f"{S} tokens, but the model has positions for block_size={self.config.block_size}")
+                raise ValueError(f"{S} tokens, but the model has positions for "
+                                 f"block_size={self.config.block_size}")
             x = x + self.transformer.wpe(i)
-            if S > T and (T > 1 or cache.fixed):  # SDPA's is_causal counts from the first key, wrong behind a cache
-                mask = i[:, None] >= torch.arange(S, device=idx.device)  # (T, S)
+        if attend is None:
+            is_padded = cache is not None and cache.fixed           # some of the S keys are not there yet
+            attend = self.choose_attention(i, S, is_padded, x.dtype)
         x = self.transformer.drop(x)
         for layer, block in enumerate(self.transformer.h):
-            x = block(x, mask, None if cache is None else partial(cache.extend, layer, i, S))
+            x = block(x, attend, None if cache is None else partial(cache.extend, layer, i, S))
         x = self.transformer.ln_f(x)                                # (B, T, C)
         if targets is None:
             return self.lm_head(x[:, -1:]), None                    # (B, 1, V)
-        rows = 2 ** (25 if x.device.type == 'cpu' else 28) // self.config.vocab_size + 1  # whose logits take 128 MB or 1 GB
-        if not return_logits and targets.numel() > rows:
-            return None, HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), rows, torch.is_grad_enabled())
+        if not return_logits and targets.numel() * self.config.vocab_size > max_logits(device):
+            return None, self.chunked_loss(x, targets)
         logits = self.lm_head(x)                                    # (B, T, V)
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
-    # -----------------------------------------------------------------------------------------------------------
+    def choose_attention(self, i, S, is_padded, dtype) -> Callable:
+        """How the tokens at positions i (T,) attend to S keys: a value for `attend`."""
+        if self.config.use_alibi:
+            return partial(attention, mask=alibi_bias(self.slopes, i, S).to(dtype))  # (1, H, T, S)
+        if len(i) == S or len(i) == 1 and not is_padded:
+            return attention
+        # SDPA's is_causal counts queries and keys from the same place, which is wrong behind a cache
+        return partial(attention, mask=i[:, None] >= torch.arange(S, device=i.device))  # (T, S)
+
+    def chunked_loss(self, x, targets):
+        """The mean cross-entropy of x (B, T, C) against targets (B, T), by HeadLoss."""
+        rows = max_logits(x.device) // self.config.vocab_size + 1
+        return HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), rows,
+                              torch.is_grad_enabled())
+
+    # -----------------------------------------------------------------------------------------------------
     # generation
 
     @torch.no_grad()
@@ -285,28 +328,28 @@ class GPT(nn.Module):
                generators=None, use_cache=True, decode=None):
         """Sample up to max_new_tokens, yielding the next ids (B, 1) as they come. Call eval() first.
 
-        idx (B, T) int64: the prompts, T >= 1. temperature: 0 is greedy. top_k: sample among the k likeliest ids.
+        idx (B, T) int64: the prompts, T >= 1. temperature: 0 is greedy. top_k: draw from the k likeliest ids.
         stop: a row that drew this id goes on drawing it, and the stream ends when all rows have.
         vocab_size: ids from here on (padding of the vocabulary) are never drawn.
-        generators: a torch.Generator for each row, so that a row's text does not depend on the others; None: torch's.
-        decode: this model compiled, for all tokens but the first: their shapes are fixed (runtime.compile_decoding).
-        Beyond block_size a model with learned positions sees the last block_size tokens, computed anew for every
-        token since all positions shift; with ALiBi the context, and the cache, just grow.
+        generators: a torch.Generator for each row, so that a row's text does not depend on the others.
+        decode: this model compiled, for all tokens but the first (runtime.compile_decoding).
+        Beyond block_size a model with learned positions sees the last block_size tokens, computed anew for
+        every token since all positions shift; with ALiBi the context, and the cache, just grow.
         """
-        if idx.size(1) == 0:
+        T = idx.size(1)
+        if T == 0:
             raise ValueError("generation needs a prompt of at least one token")
-        limit = math.inf if self.config.use_alibi else self.config.block_size
-        cache = KVCache(min(idx.size(1) + max_new_tokens, limit)) if use_cache and idx.size(1) <= limit else None
+        cache = None
+        if use_cache and T <= self.max_context:
+            cache = KVCache(min(T + max_new_tokens, self.max_context))
         stopped = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
-        new, forward = idx, self                                    # new: what the cache has not seen yet
-        for _ in range(max_new_tokens):
-            if idx.size(1) > limit:
-                idx, cache, forward = idx[:, -limit:], None, self
-            logits, _ = forward(idx if cache is None else new, cache=cache)
-            if decode is not None and cache is not None and not cache.fixed:
-                cache.fix_shapes(idx.device)
-                forward = decode
-            new = sample_logits(logits[:, -1, :vocab_size], temperature, top_k, generators)
+        logits = self.prefill(idx, cache)                           # (B, V)
+        if decode is not None and cache is not None:
+            cache.fix_shapes(idx.device)
+        for n in range(max_new_tokens):
+            if n > 0:
+                logits = self.decode_token(idx, cache, decode)
+            new = sample_logits(logits[:, :vocab_size], temperature, top_k, generators)  # (B, 1)
             if stop is not None:
                 new = new.masked_fill(stopped, stop)
                 stopped |= new == stop
@@ -315,78 +358,114 @@ class GPT(nn.Module):
             if stop is not None and stopped.all():
                 return
 
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **options):
+    def prefill(self, idx, cache):
+        """Logits (B, V) of what follows the prompts idx (B, T), which the cache, unless None, then holds."""
+        if idx.size(1) > self.max_context:
+            idx = idx[:, -self.max_context:]
+        logits, _ = self(idx, cache=cache)
+        return logits[:, -1]
+
+    def decode_token(self, idx, cache, decode=None):
+        """Logits (B, V) of what follows idx (B, T), all but whose last token the cache holds.
+
+        Without a cache, or past its capacity, the last max_context tokens are computed anew.
+        """
+        if cache is None or idx.size(1) > self.max_context:
+            return self.prefill(idx, None)
+        logits, _ = (decode or self)(idx[:, -1:], cache=cache)
+        return logits[:, -1]
+
+    @property
+    def max_context(self) -> float:
+        """How many tokens the model can look at."""
+        return math.inf if self.config.use_alibi else self.config.block_size
+
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **options) -> torch.Tensor:
         """idx (B, T) with up to max_new_tokens sampled behind it, (B, T + n). Options as in stream()."""
         return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k, **options)], dim=1)
 
-    # -----------------------------------------------------------------------------------------------------------
+    # -----------------------------------------------------------------------------------------------------
     # GPT-2's weights
 
     @classmethod
-    def from_pretrained(cls, name, override_args=None):
+    def from_pretrained(cls, name, override_args: dict | None = None) -> 'GPT':
         """GPT-2 as OpenAI trained it, or a folder with any GPT-2 that transformers saved, in eval mode.
 
-        name: gpt2, gpt2-medium, gpt2-large or gpt2-xl, which transformers downloads once, or the folder's path.
-        override_args: {'dropout': p} or None. Raises ValueError for what has no equal here, OSError for what isn't found.
+        name: gpt2, gpt2-medium, gpt2-large or gpt2-xl, which transformers downloads once, or a folder's path.
+        override_args: {'dropout': p} or None. Raises ValueError for a model that has no equal here, and
+        OSError for one that isn't found.
         """
-        if (override_args or {}).keys() - {'dropout'}:
-            raise ValueError(f"only dropout can be overridden in GPT-2, not {', '.join(override_args)}: its weights were "
-                             "trained with these sizes and with position embeddings")
-        from transformers import GPT2Config, GPT2LMHeadModel  # only here: it is slow to import
-        theirs = GPT2Config.from_pretrained(name)
-        activations = dict(gelu_new='tanh', gelu_pytorch_tanh='tanh', gelu='erf')
-        expected = dict(model_type='gpt2', n_inner=4 * theirs.n_embd, layer_norm_epsilon=1e-5, scale_attn_weights=True,
-                        scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True)
-        for key, value in expected.items():
-            if getattr(theirs, key) not in (value, None):
-                raise ValueError(f"{name} has {key}={getattr(theirs, key)}, but a GPT here has {value}")
-        if theirs.activation_function not in activations:
-            raise ValueError(f"{name} has activation_function={theirs.activation_function}, not one of {', '.join(activations)}")
-        model = cls(GPTConfig(theirs.n_positions, theirs.vocab_size, theirs.n_layer, theirs.n_head, theirs.n_embd, bias=True,
-                              gelu=activations[theirs.activation_function], **override_args or {})).eval()
+        override_args = override_args or {}
+        if override_args.keys() - {'dropout'}:
+            raise ValueError(f"only dropout can be overridden in GPT-2, not {', '.join(override_args)}: its "
+                             "weights were trained with these sizes and with position embeddings")
+        from transformers import GPT2LMHeadModel  # only here: it is slow to import
+        model = cls(GPTConfig(**gpt2_sizes(name), **override_args)).eval()
         state = GPT2LMHeadModel.from_pretrained(name, dtype=torch.float32).state_dict()
         for key, value in state.items():
             if key.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')):
                 state[key] = value.t()                              # theirs are Conv1D: (in, out)
-        model.load_state_dict({key: value for key, value in state.items() if key in model.state_dict()})
+        names = model.state_dict().keys()
+        model.load_state_dict({key: value for key, value in state.items() if key in names})
         return model
 
-    # -----------------------------------------------------------------------------------------------------------
+    # -----------------------------------------------------------------------------------------------------
     # training
 
-    def get_num_params(self, non_embedding=True):
-        """Number of parameters; without the position embeddings by default (the token ones serve as the head)."""
+    def get_num_params(self, non_embedding=True) -> int:
+        """Number of parameters, by default without position embeddings (the token ones serve as the head)."""
         n = sum(p.numel() for p in self.parameters())
-        return n - self.transformer.wpe.weight.numel() if non_embedding and not self.config.use_alibi else n
+        if non_embedding and not self.config.use_alibi:
+            n -= self.transformer.wpe.weight.numel()
+        return n
 
-    def crop_block_size(self, block_size):
+    def crop_block_size(self, block_size: int):
         """Keep the first block_size positions. Raises ValueError if the model has fewer."""
         if not 1 <= block_size <= self.config.block_size:
             raise ValueError(f"cannot crop block_size {self.config.block_size} to {block_size}")
         self.config.block_size = block_size
-        if not self.config.use_alibi:  # the same Parameter, so that an optimizer's reference to it stays good
-            self.transformer.wpe.weight.data = self.transformer.wpe.weight.data[:block_size].clone()
+        if not self.config.use_alibi:
+            wpe = self.transformer.wpe.weight
+            wpe.data = wpe.data[:block_size].clone()                # still the optimizer's Parameter
 
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-        """AdamW (Loshchilov and Hutter 2019), decaying matrices and embeddings, not biases and layer norms."""
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type) -> torch.optim.Optimizer:
+        """AdamW (Loshchilov and Hutter 2019) with decay of matrices and embeddings, not of vectors."""
         params = [p for p in self.parameters() if p.requires_grad]
         groups = [dict(params=[p for p in params if p.dim() >= 2], weight_decay=weight_decay),
                   dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
 
-    def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops=312e12):
-        """Model FLOPs utilization: the share of peak_flops (FLOP/s; default an A100's in bfloat16) that is used.
+    def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops=312e12) -> float:
+        """Model FLOPs utilization: the used share of peak_flops (FLOP/s; default: an A100's in bfloat16).
 
-        fwdbwd_per_iter sequences of block_size tokens in dt seconds, counted as in PaLM's appendix B (Chowdhery
-        et al. 2022, arXiv 2204.02311): 6 a parameter and token, 12 a layer, channel and pair of positions.
+        fwdbwd_per_iter sequences of block_size tokens in dt seconds, counted as in PaLM's appendix B
+        (Chowdhery et al. 2022, arXiv 2204.02311): 6 a parameter and token, 12 a layer, channel and pair.
         """
         config, T = self.config, self.config.block_size
         flops_per_token = 6 * self.get_num_params() + 12 * config.n_layer * config.n_embd * T
         return flops_per_token * T * fwdbwd_per_iter / dt / peak_flops
 
 
-def sample_logits(logits, temperature=1.0, top_k=None, generators=None):
-    """Draw an id per row from logits (B, V): (B, 1) int64. Options as in GPT.stream()."""
+def gpt2_sizes(name) -> dict:
+    """The arguments of GPTConfig for a GPT-2 of transformers. Raises ValueError if it has no equal here."""
+    from transformers import GPT2Config
+    theirs = GPT2Config.from_pretrained(name)
+    expected = dict(model_type='gpt2', n_inner=4 * theirs.n_embd, layer_norm_epsilon=1e-5,
+                    scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True)
+    for key, value in expected.items():
+        if getattr(theirs, key) not in (value, None):
+            raise ValueError(f"{name} has {key}={getattr(theirs, key)}, but a GPT here has {value}")
+    activations = dict(gelu_new='tanh', gelu_pytorch_tanh='tanh', gelu='erf')
+    if theirs.activation_function not in activations:
+        raise ValueError(f"{name} has activation_function={theirs.activation_function}, "
+                         f"not one of {', '.join(activations)}")
+    return dict(block_size=theirs.n_positions, vocab_size=theirs.vocab_size, n_layer=theirs.n_layer,
+                n_head=theirs.n_head, n_embd=theirs.n_embd, bias=True,
+                gelu=activations[theirs.activation_function])
+
+
+def sample_logits(logits: torch.Tensor, temperature=1.0, top_k=None, generators=None) -> torch.Tensor:
+    """Draw an id for each row of logits (B, V): (B, 1) int64. Options as in GPT.stream()."""
     logits = logits.float()
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
@@ -397,4 +476,5 @@ def sample_logits(logits, temperature=1.0, top_k=None, generators=None):
     probs = F.softmax(logits / max(temperature, 1e-30), dim=-1)     # (B, V)
     if generators is None:
         return torch.multinomial(probs, 1)
-    return torch.cat([torch.multinomial(p[None], 1, generator=g) for p, g in zip(probs, generators, strict=True)])
+    rows = [torch.multinomial(p, 1, generator=g) for p, g in zip(probs, generators, strict=True)]  # (1,) each
+    return torch.stack(rows)

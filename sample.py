@@ -5,48 +5,60 @@
     python sample.py --out_dir=out-shakespeare-char --start=FILE:prompt.txt --temperature=0
     python sample.py --init_from=gpt2-xl --start="What is the answer to life?" --num_samples=5 --max_new_tokens=100
 
-Reads out_dir/ckpt.pt, else last.pt. A sample depends on the seed and its own number only, not on how many there are.
+Reads out_dir/ckpt.pt, else last.pt. A sample depends on the seed and its number, not on how many there are.
 """
 import codecs
+import math
 import sys
 from pathlib import Path
 
 import torch
 
 import checkpoint
+import rundir
 import runtime
 from dataset import tokenizer
 from runtime import UserError, derive_seed
 
-# ---------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 # settings
-init_from = 'resume'           # a checkpoint in out_dir; or gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder with a GPT-2
-out_dir = 'out'
+init_from = 'resume'           # the checkpoint in out_dir; or gpt2, ..., gpt2-xl, or a folder with a GPT-2
+out_dir = 'out'                # the folder of a training run
 start = '\n'                   # the prompt, or FILE:name to read it from a file
-num_samples = 10
+num_samples = 10               # how many texts
 max_new_tokens = 500           # in each sample
-temperature = 0.8              # 1: as the model says, below: less random, 0: the likeliest token always
-top_k = 200                    # only the k likeliest tokens can come; 0: all
+temperature = 0.8              # 1: as the model says, below: less random, 0: always the likeliest token
+top_k = 200                    # draw from the k likeliest tokens; 0: from all
 stop = ''                      # end a sample where this token comes: a character, or '<|endoftext|>'
 stream = False                 # print each token as it comes, one sample after the other
-seed = 1337
+seed = 1337                    # the samples follow from it
 device = 'auto'                # cpu, cuda, cuda:1, mps
 dtype = 'auto'                 # float32, bfloat16 or float16
-compile = False                # torch.compile the model, for all tokens but a sample's first: True or False
-# ---------------------------------------------------------------------------------------------------------------
+compile = False                # torch.compile the model, for all but a sample's first token: True or False
+# ---------------------------------------------------------------------------------------------------------
 setting_names = [name for name, value in list(globals().items())
                  if not name.startswith('_') and type(value) in (bool, int, float, str)]
+_skip_unknown = True           # a training config's other settings are passed over
+RANGES = {'num_samples': (1, math.inf), 'max_new_tokens': (1, math.inf), 'temperature': (0, math.inf),
+          'top_k': (0, math.inf), 'seed': (0, math.inf)}
 if __name__ == '__main__':
     exec(Path(__file__).with_name('configurator.py').read_text(encoding='utf-8'))
 
 
 def check_settings():
     """Raise UserError for settings that can't be sampled with."""
-    for name, least in (('num_samples', 1), ('max_new_tokens', 1), ('temperature', 0), ('top_k', 0), ('seed', 0)):
-        if globals()[name] < least:
-            raise UserError(f"{name} must be at least {least}, got {globals()[name]}")
+    runtime.check_ranges(globals(), RANGES)
     if init_from != 'resume' and not init_from.startswith('gpt2') and not Path(init_from).is_dir():
-        raise UserError(f"init_from must be resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder, got {init_from!r}")
+        raise UserError("init_from must be resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder, "
+                        f"got {init_from!r}")
+
+
+def load_model():
+    """The model in eval mode, its tokenizer, and a name for it."""
+    if init_from != 'resume':
+        return checkpoint.pretrained(init_from), tokenizer(checkpoint.pretrained_meta(init_from)), init_from
+    model, state, path = rundir.load_for_sampling(out_dir)
+    return model, tokenizer(checkpoint.data_meta(state)), f"{path}, iteration {state.get('iter_num')}"
 
 
 def read_prompt():
@@ -68,24 +80,22 @@ def before_stop(ids, stop_id):
 def generate():
     """Print num_samples continuations of the prompt."""
     check_settings()
-    run = runtime.resolve(device, dtype, compile)
-    if init_from == 'resume':
-        model, state, path = checkpoint.load_for_sampling(out_dir)
-        tok, name = tokenizer(checkpoint.data_meta(state)), f"{path}, iteration {state.get('iter_num')}"
-    else:
-        model, tok, name = checkpoint.pretrained(init_from), tokenizer(checkpoint.pretrained_meta(init_from)), init_from
+    run = runtime.set_up(device, dtype, compile)
+    model, tok, name = load_model()
     model.to(run.device)
     print(f"{name}, {model.get_num_params() / 1e6:.2f}M parameters; {run}", file=sys.stderr)
 
     prompt = tok.encode(read_prompt())
     if not prompt:
         raise UserError("start is empty: a continuation needs at least one token to continue")
-    stop_ids = tok.encode(stop) or [None]
+    stop_ids = tok.encode(stop)
     if len(stop_ids) > 1:
         raise UserError(f"stop must be a single token, but {stop!r} makes {len(stop_ids)}")
-    options = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, stop=stop_ids[0],
+    stop_id = stop_ids[0] if stop_ids else None
+    options = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, stop=stop_id,
                    vocab_size=tok.vocab_size, decode=runtime.compile_decoding(model) if run.compile else None)
-    generators = [torch.Generator(run.device).manual_seed(derive_seed(seed, runtime.SAMPLE, i)) for i in range(num_samples)]
+    generators = [torch.Generator(run.device).manual_seed(derive_seed(seed, runtime.SAMPLE, i))
+                  for i in range(num_samples)]
     idx = torch.tensor([prompt], device=run.device)                 # (1, T)
 
     sys.stdout.reconfigure(encoding='utf-8', errors='replace')      # whatever the terminal says it is
@@ -93,15 +103,15 @@ def generate():
         with run.autocast():
             samples = model.generate(idx.repeat(num_samples, 1), generators=generators, **options).tolist()
         for ids in samples:
-            print(tok.decode(prompt + before_stop(ids[len(prompt):], stop_ids[0])))
+            print(tok.decode(prompt + before_stop(ids[len(prompt):], stop_id)))
             print('---------------')
         return
     for generator in generators:
-        decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')  # a character may take several tokens
+        decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')  # of characters in several tokens
         print(tok.decode(prompt), end='', flush=True)
         with run.autocast():
             for new in model.stream(idx, generators=[generator], **options):
-                if new.item() != stop_ids[0]:
+                if new.item() != stop_id:
                     print(decoder.decode(tok.decode_bytes([new.item()])), end='', flush=True)
         print(decoder.decode(b'', final=True) + '\n---------------')
 

@@ -2,9 +2,10 @@
 
     python train.py config/train_shakespeare_char.py                      one GPU, or what there is
     python train.py config/train_shakespeare_char_cpu.py --max_iters=500  any setting can be overridden
-    python train.py config/train_shakespeare_char.py --init_from=resume   go on where the run in out_dir stopped
+    python train.py config/train_shakespeare_char.py --init_from=resume   resume the run in out_dir
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
-    torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=IP --master_port=1234 train.py   and node_rank=1
+    torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=IP --master_port=1234 train.py
+    (and the same with --node_rank=1 on the second machine)
 
 Writes to out_dir: last.pt (the newest state), ckpt.pt (the best, or with always_save_checkpoint the newest),
 metrics.jsonl (a line for each log and evaluation) and loss.png.
@@ -12,7 +13,7 @@ metrics.jsonl (a line for each log and evaluation) and loss.png.
 import math
 import os
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,13 +21,13 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
-import metrics
+import rundir
 import runtime
 from dataset import draw_batch, load_meta, load_split
-from model import GPT, GPTConfig, alibi_kernel
+from model import GPT, GPTConfig
 from runtime import UserError, derive_seed
 
-# ---------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 # settings: those of GPT-2 (124M) on OpenWebText. Override them with config files and --key=value
 # input and output
 out_dir = 'out'                # where the run's files go
@@ -35,7 +36,7 @@ log_interval = 1               # print the loss every so many iterations
 eval_iters = 200               # batches of each split in an evaluation
 eval_only = False              # evaluate once, then stop
 always_save_checkpoint = True  # ckpt.pt at every evaluation, not just when the val loss improved
-init_from = 'scratch'          # scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with a GPT-2
+init_from = 'scratch'          # scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a GPT-2's folder
 # wandb
 wandb_log = False              # log to Weights & Biases as well
 wandb_project = 'owt'          # under this project
@@ -70,35 +71,38 @@ backend = 'auto'               # of torch.distributed: nccl or gloo
 device = 'auto'                # cpu, cuda, cuda:1, mps
 dtype = 'auto'                 # float32, bfloat16, or float16 with a gradient scaler
 compile = 'auto'               # torch.compile the model: True or False
-# ---------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 setting_names = [name for name, value in list(globals().items())
                  if not name.startswith('_') and type(value) in (bool, int, float, str)]
-MODEL_SIZES = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'use_alibi')  # a resumed run has the checkpoint's
 if __name__ == '__main__':
     exec(Path(__file__).with_name('configurator.py').read_text(encoding='utf-8'))
 
+MODEL_SIZES = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'use_alibi')  # kept by a resumed run
+RANGES = {                     # of settings: the lowest value, and what the value must be below
+    'eval_interval': (1, math.inf), 'log_interval': (1, math.inf), 'eval_iters': (1, math.inf),
+    'gradient_accumulation_steps': (1, math.inf), 'batch_size': (1, math.inf), 'dropout': (0, 1),
+    'learning_rate': (0, math.inf), 'min_lr': (0, math.inf), 'max_iters': (0, math.inf),
+    'warmup_iters': (0, math.inf), 'weight_decay': (0, math.inf), 'beta1': (0, 1), 'beta2': (0, 1),
+    'grad_clip': (0, math.inf), 'seed': (0, math.inf)}
 
-# ---------------------------------------------------------------------------------------------------------------
+
+# ---------------------------------------------------------------------------------------------------------
 # helpers
 
 def check_settings(world_size):
     """Raise UserError for settings that no run can work with."""
-    for name in ('eval_interval', 'log_interval', 'eval_iters', 'gradient_accumulation_steps', 'batch_size'):
-        if globals()[name] < 1:
-            raise UserError(f"{name} must be at least 1, got {globals()[name]}")
-    for name, low, high in (('learning_rate', 0, math.inf), ('min_lr', 0, math.inf), ('weight_decay', 0, math.inf),
-                            ('grad_clip', 0, math.inf), ('beta1', 0, 1), ('beta2', 0, 1), ('dropout', 0, 1),
-                            ('seed', 0, math.inf), ('max_iters', 0, math.inf), ('warmup_iters', 0, math.inf)):
-        if not low <= globals()[name] < high:
-            raise UserError(f"{name} must be at least {low}" + (f" and below {high}" if high < math.inf else '')
-                            + f", got {globals()[name]}")
+    runtime.check_ranges(globals(), RANGES)
     if gradient_accumulation_steps % world_size:
         raise UserError(f"gradient_accumulation_steps={gradient_accumulation_steps} can't be shared by "
                         f"{world_size} processes: make it a multiple of {world_size}")
-    if init_from not in ('scratch', 'resume') and not init_from.startswith('gpt2') and not Path(init_from).is_dir():
-        raise UserError(f"init_from must be scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder, got {init_from!r}")
-    if init_from not in ('scratch', 'resume') and use_alibi:
-        raise UserError("use_alibi=True can't start from GPT-2's weights: they were trained with position embeddings")
+    if init_from in ('scratch', 'resume'):
+        return
+    if not init_from.startswith('gpt2') and not Path(init_from).is_dir():
+        raise UserError("init_from must be scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl "
+                        f"or a folder, got {init_from!r}")
+    if use_alibi:
+        raise UserError("use_alibi=True can't start from GPT-2's weights: they were trained with position "
+                        "embeddings")
 
 
 def cosine_lr(step, peak, floor, warmup, total):
@@ -109,283 +113,358 @@ def cosine_lr(step, peak, floor, warmup, total):
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def new_model(vocab_size):
-    """A GPT with the settings' sizes and initial weights drawn from the seed."""
+def rate(iter_num):
+    """The learning rate of update iter_num."""
+    if not decay_lr:
+        return learning_rate
+    return cosine_lr(iter_num, learning_rate, min_lr, warmup_iters, lr_decay_iters)
+
+
+# where a run starts: each returns a model and the state to resume from, {} for a new run
+
+def start_from_scratch(meta, run):
+    """A GPT with the settings' sizes, and weights drawn from the seed."""
+    vocab_size = meta['vocab_size'] if meta else 50304  # GPT-2's 50257, padded for speed
     torch.manual_seed(derive_seed(seed, runtime.INIT))
     try:
-        return GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias, use_alibi))
+        return GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias, use_alibi)), {}
     except ValueError as error:
         raise UserError(error) from error
 
 
-def print_differences(saved, current):
-    """Print each setting that differs from the run that the checkpoint comes from, and where it is kept instead."""
-    sizes = {key: saved['model_args'].get(key, False) for key in MODEL_SIZES}  # False: nanoGPT's files know no use_alibi
-    for key, old in {**saved['config'], **sizes}.items():
-        new = current.get(key, old)
+def resume(meta, run):
+    """The model and state in out_dir."""
+    state, path = rundir.load_for_resume(out_dir)
+    iter_num = state['iter_num']
+    checkpoint.check_vocabulary(state, meta, dataset)
+    if iter_num > max_iters and not eval_only:
+        raise UserError(f"{path} has {iter_num} iterations behind it, more than max_iters={max_iters}: "
+                        "there is nothing to do")
+    run.print(f"resuming from {path} at iteration {iter_num}")
+    # every setting that differs; the checkpoint keeps the sizes, but its block_size can be cropped
+    sizes = {key: state['model_args'].get(key, False) for key in MODEL_SIZES}  # nanoGPT knows no use_alibi
+    for key, old in {**state['config'], **sizes}.items():
+        new = globals()[key] if key in setting_names else old
         if old != new and key != 'init_from':
             is_kept = key in MODEL_SIZES and not (key == 'block_size' and new < old)
-            print(f"{key}: {old!r} in the checkpoint, {new!r} now" + (": the checkpoint's holds" if is_kept else ''))
+            note = ": the checkpoint's is used" if is_kept else ''
+            run.print(f"{key}: {old!r} in the checkpoint, {new!r} now{note}")
+    return checkpoint.build_model(state, dropout=dropout), state
 
 
-@torch.no_grad()
-def evaluate(model, run, splits, get_batch, signals):
-    """The mean loss of each split, over the same eval_iters batches at every call, shared among the processes.
-
-    None if a signal asks the run to stop before that is done.
-    """
-    model.eval()
-    means = {}
-    for split, purpose in (('train', runtime.EVAL_TRAIN), ('val', runtime.EVAL_VAL)):
-        losses = torch.zeros(eval_iters, device=run.device)         # each process fills in its own
-        for first in range(0, eval_iters, run.world_size):
-            if run.in_any_process(signals.received):
-                return None
-            k = first + run.rank
-            if k < eval_iters:
-                with run.autocast():
-                    _, losses[k] = model(*get_batch(splits[split], purpose, k), return_logits=False)
-        means[split] = run.all_reduce_sum(losses).mean().item()
-    model.train()
-    return means
+def start_from_pretrained(meta, run):
+    """GPT-2, or a folder with one of transformers."""
+    model = checkpoint.pretrained(init_from, dropout)
+    if meta and meta['vocab_size'] > model.config.vocab_size:
+        raise UserError(f"data/{dataset} has {meta['vocab_size']} token ids, but {init_from} has "
+                        f"{model.config.vocab_size}")
+    return model, {}
 
 
-def log_line(record, seconds_left):
-    """What is printed of a training record."""
+def make_optimizer(model, saved, T, run):
+    """The optimizer and the gradient scaler, in their saved state if there is any. Crops block_size to T."""
+    optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), run.device.type)
+    scaler = run.grad_scaler()
+    if saved:
+        checkpoint.load_optimizer(optimizer, saved)
+        if run.dtype == 'float16' and saved.get('scaler'):
+            scaler.load_state_dict(saved['scaler'])
+    if T < model.config.block_size:
+        checkpoint.crop_block_size(model, optimizer, T)
+    return optimizer, scaler
+
+
+# what is said of a run
+
+def print_sizes(run, model, splits, T):
+    """Print what is trained on what."""
+    run.print(f"data/{dataset}: {len(splits['train']):,} train tokens, {len(splits['val']):,} val tokens")
+    run.print(f"number of parameters: {model.get_num_params() / 1e6:.2f}M, "
+              f"vocabulary: {model.config.vocab_size}, "
+              f"positions: {'ALiBi' if model.config.use_alibi else 'learned'}")
+    tokens = gradient_accumulation_steps * batch_size * T
+    epochs = max_iters * tokens / len(splits['train'])
+    run.print(f"tokens per iteration: {tokens:,} = {gradient_accumulation_steps} micro-batches x "
+              f"{batch_size} sequences x {T} tokens; {max_iters:,} iterations make {epochs:.2f} epochs")
+
+
+def log_line(record):
+    """What is printed of an evaluation or of a training iteration, a record of metrics.jsonl."""
+    if 'val_loss' in record:
+        return (f"step {record['iter']}: train loss {record['train_loss']:.4f}, "
+                f"val loss {record['val_loss']:.4f}, "
+                f"val perplexity {math.exp(min(record['val_loss'], 700)):.5g}")
     parts = [f"iter {record['iter']}: loss {record['loss']:.4f}", f"lr {record['lr']:.2e}",
              f"norm {record['grad_norm']:.4f}", f"time {record['ms']:.2f}ms"]
     if 'tokens_per_s' in record:
+        seconds_left = record['ms'] / 1000 * (max_iters - record['iter'] - 1)
         parts += [f"{record['tokens_per_s']:,.0f} tok/s", f"eta {timedelta(seconds=round(seconds_left))}"]
     if 'mfu' in record:
         parts.append(f"mfu {100 * record['mfu']:.2f}%")
     return ', '.join(parts)
 
 
-def advice():
-    """What to do about a loss or gradient that is not finite."""
-    path = Path(out_dir) / 'last.pt'
-    last = (f"The last good checkpoint is {path}, iteration {checkpoint.load(path)['iter_num']}." if path.exists() else
-            "There is no checkpoint yet.")
-    return f"{last} Try a lower learning_rate, grad_clip=1.0, a longer warm-up, or dtype=float32"
+def check_finite(where, values, last_saved, note=''):
+    """Raise UserError unless all values are finite. last_saved: the last checkpoint's iteration, or None."""
+    if all(math.isfinite(value) for value in values.values()):
+        return
+    listed = ', '.join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items())
+    last = "There is no checkpoint yet."
+    if last_saved is not None:
+        path = rundir.find(out_dir, rundir.RESUME)
+        last = f"The last good checkpoint is {path}, iteration {last_saved}."
+    raise UserError(f"{where}: {listed}. {note}{last} "
+                    "Try a lower learning_rate, grad_clip=1.0, a longer warm-up, or dtype=float32")
 
 
-def start_wandb(config, run_id):
-    """A function that logs a dict of metrics to wandb's run of that id, new or resumed. Where wandb fails it says so, and
-    the run goes on without."""
+def check_update(iter_num, loss, norm, last_saved, dtype):
+    """Raise UserError if an update's loss or norm is not finite: then it was not made."""
+    values = {'loss': loss, 'gradient norm': norm}
+    if dtype == 'float16':
+        del values['gradient norm']                                 # its scaler skips steps by itself
+    check_finite(f"iteration {iter_num}", values, last_saved, "Nothing was updated. ")
+
+
+@contextmanager
+def open_output(run, writes, config, wandb_id, iter_num):
+    """Enter out_dir and wandb's run. Gives a function that prints, stores and sends a record."""
+    with ExitStack() as stack:
+        if writes:
+            stack.enter_context(rundir.lock(out_dir))
+            if init_from == 'resume':
+                rundir.drop_metrics(out_dir, iter_num, evaluates=is_evaluated(iter_num))
+            else:
+                rundir.set_aside(out_dir)
+        log_wandb = None
+        if wandb_log and run.is_master:
+            log_wandb = stack.enter_context(wandb_run(config, wandb_id))
+
+        def log(record):
+            run.print(log_line(record))
+            if log_wandb:
+                log_wandb(record)
+            if writes:
+                rundir.append_metrics(out_dir, record)
+        yield log
+
+
+@contextmanager
+def wandb_run(config, run_id):
+    """A function that logs a record to wandb's run of that id, new or resumed.
+
+    Where wandb fails, the run says so and goes on without it: a missing package, a key, the network or wandb
+    itself must not end a run.
+    """
     works = True
 
     def attempt(action, *args, **options):
         nonlocal works
+        if not works:
+            return
         try:
-            import wandb
-            if action == 'init' and os.environ.get('WANDB_MODE', 'online') == 'online' and not wandb.login(prompt=False):
-                raise RuntimeError("there is no key: run wandb login")  # init would ask for one and wait
-            return getattr(wandb, action)(*args, **options) if works else None
-        except Exception as error:  # a package, a key, the network, wandb itself: nothing of it is worth a run
-            if works:
-                print(f"wandb is off for this run: {error} (WANDB_MODE=offline logs to local files)")
+            import wandb  # only here: it is slow to import
+            if action == 'init' and os.environ.get('WANDB_MODE', 'online') == 'online':
+                if not wandb.login(prompt=False):                   # init would ask for a key and wait
+                    raise RuntimeError("there is no key: run wandb login")
+            getattr(wandb, action)(*args, **options)
+        except Exception as error:
             works = False
+            print(f"wandb is off for this run: {error} (WANDB_MODE=offline logs to local files)")
 
+    names = {'train_loss': 'train/loss', 'val_loss': 'val/loss', 'loss': 'train/batch_loss'}
     attempt('init', project=wandb_project, name=wandb_run_name, config=config, id=run_id, resume='allow')
-    return lambda record: attempt('log', record)
+    try:
+        yield lambda record: attempt('log', {names.get(key, key): value for key, value in record.items()})
+    finally:
+        attempt('finish')
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 # the work
+
+def is_evaluated(iter_num):
+    """Whether the run evaluates before update iter_num."""
+    return iter_num % eval_interval == 0 or iter_num == max_iters or eval_only
+
+
+@torch.no_grad()
+def evaluate(model, run, get_batch, stop_requested):
+    """Mean losses {'train_loss', 'val_loss'}, over the same eval_iters batches each at every call.
+
+    get_batch(split, purpose, k): inputs and targets. The processes share the work. None if stop_requested().
+    """
+    model.eval()
+    means = {}
+    for split, purpose in (('train', runtime.EVAL_TRAIN), ('val', runtime.EVAL_VAL)):
+        losses = torch.zeros(eval_iters, device=run.device)         # each process fills in its own
+        for first in range(0, eval_iters, run.world_size):
+            if stop_requested():
+                model.train()
+                return None
+            k = first + run.rank
+            if k < eval_iters:
+                with run.autocast():
+                    _, losses[k] = model(*get_batch(split, purpose, k), return_logits=False)
+        means[f'{split}_loss'] = run.all_reduce_sum(losses).mean().item()
+    model.train()
+    return means
+
+
+def update(model, params, optimizer, scaler, run, get_batch, n_batches, grad_clip,
+           before_step=lambda loss: True):
+    """Make one update of the params (a list) from n_batches micro-batches in each process.
+
+    get_batch(i): inputs and targets, (B, T) int64 each. before_step(loss) is asked once the gradient is
+    there: if false, the params stay as they are. So they do if the gradient is not finite: scaler sees to it.
+    Returns this process's mean loss, and the norm before clipping of the gradient of all, or None without a
+    step: scalars on the device, which is not waited for.
+    """
+    losses = torch.zeros(n_batches, device=run.device)
+    for i in range(n_batches):
+        x, y = get_batch(i)
+        is_last = i == n_batches - 1                                # processes exchange gradients once
+        with nullcontext() if is_last or run.world_size == 1 else model.no_sync():
+            with run.autocast():
+                _, loss = model(x, y, return_logits=False)
+            scaler.scale(loss / n_batches).backward()
+        losses[i] = loss.detach()
+    loss = losses.mean()
+    if not before_step(loss):
+        return loss, None
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
+    scaler.step(optimizer)
+    scaler.update(run.fixed_scale)
+    optimizer.zero_grad(set_to_none=True)
+    return loss, norm
+
 
 def train():
     """Train as the settings say."""
-    run = runtime.start(device, dtype, compile, backend)
-    check_settings(run.world_size)
-    say = print if run.is_master else lambda *text: None
-    say(run)
+    with ExitStack() as stack:                                      # what is entered is undone, come what may
+        run = stack.enter_context(runtime.processes(device, dtype, compile, backend))
+        run.print(run)
+        check_settings(run.world_size)
 
-    # data, in windows of the model's length
-    saved, path = checkpoint.load_for_resume(out_dir) if init_from == 'resume' else (None, None)
-    gpt2 = checkpoint.pretrained(init_from, dropout) if init_from not in ('scratch', 'resume') else None
-    T = min(block_size, saved['model_args']['block_size'] if saved else gpt2.config.block_size if gpt2 else block_size)
-    folder = Path('data') / dataset
-    meta = load_meta(folder)
-    splits = {split: load_split(folder, split, T) for split in ('train', 'val')}
+        # model, optimizer and data
+        folder = Path('data') / dataset
+        meta = load_meta(folder)
+        start = {'scratch': start_from_scratch, 'resume': resume}.get(init_from, start_from_pretrained)
+        raw_model, saved = start(meta, run)
+        T = min(block_size, raw_model.config.block_size)
+        splits = {split: load_split(folder, split, T) for split in ('train', 'val')}
+        raw_model.train().to(run.device)
+        optimizer, scaler = make_optimizer(raw_model, saved, T, run)
+        params = list(raw_model.parameters())
+        model = torch.compile(raw_model) if run.compile else raw_model  # evaluated as it is
+        ddp_model = DistributedDataParallel(model, broadcast_buffers=False) if run.world_size > 1 else model
+        n_batches = gradient_accumulation_steps // run.world_size   # of an update, in each process
+        print_sizes(run, raw_model, splits, T)
 
-    # model and optimizer
-    config = {name: globals()[name] for name in setting_names}
-    iter_num, best_val_loss = 0, math.inf
-    if saved:
-        raw_model = checkpoint.build_model(saved, dropout=dropout)
-        iter_num, best_val_loss = saved['iter_num'], float(saved['best_val_loss'])
-        checkpoint.check_vocabulary(saved, meta, dataset)
-        say(f"resuming from {path} at iteration {iter_num}")
-        if iter_num > max_iters and not eval_only:
-            raise UserError(f"{path} has {iter_num} iterations behind it, more than max_iters={max_iters}: there is nothing to do")
-        if run.is_master:
-            print_differences(saved, config)
-    else:
-        if gpt2 and meta and meta['vocab_size'] > gpt2.config.vocab_size:
-            raise UserError(f"data/{dataset} has {meta['vocab_size']} token ids, but {init_from} has {gpt2.config.vocab_size}")
-        raw_model = gpt2 or new_model(meta['vocab_size'] if meta else 50304)  # GPT-2's 50257, padded for speed
-    vocab_size = raw_model.config.vocab_size
-    raw_model.train().to(run.device)
-    positions = 'learned'
-    if raw_model.config.use_alibi:
-        raw_model.alibi_kernel = alibi_kernel(run.device.type, run.compile, dropout)
-        positions = f'ALiBi, computed by {raw_model.alibi_kernel}'
-    optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), run.device.type)
-    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == 'float16')
-    if saved:
-        checkpoint.load_optimizer(optimizer, saved)
-        if scaler.is_enabled() and saved.get('scaler'):
-            scaler.load_state_dict(saved['scaler'])
-    if T < raw_model.config.block_size:
-        checkpoint.crop_block_size(raw_model, optimizer, T)
-    config |= {key: getattr(raw_model.config, key) for key in MODEL_SIZES}
-    wandb_id = (saved or {}).get('wandb_id') or os.urandom(4).hex()  # a resumed run goes on with the same one
-    saved = None                                                    # free its memory
-    model = torch.compile(raw_model) if run.compile else raw_model  # evaluated as it is
-    trained = DistributedDataParallel(model) if run.world_size > 1 else model
-    tokens_per_iter = gradient_accumulation_steps * batch_size * T
-    say(f"data/{dataset}: {len(splits['train']):,} train tokens, {len(splits['val']):,} val tokens")
-    say(f"number of parameters: {raw_model.get_num_params() / 1e6:.2f}M, vocabulary: {vocab_size}, "
-        f"positions: {positions}")
-    say(f"tokens per iteration: {tokens_per_iter:,} = {gradient_accumulation_steps} micro-batches x {batch_size} sequences "
-        f"x {T} tokens; {max_iters:,} iterations make {max_iters * tokens_per_iter / len(splits['train']):.2f} epochs")
+        # where the run stands
+        iter_num = saved.get('iter_num', 0)
+        best_val_loss = float(saved.get('best_val_loss', math.inf))
+        wandb_id = saved.get('wandb_id') or os.urandom(4).hex()     # a resumed run continues the same one
+        last_saved = iter_num if saved else None
+        config = {name: globals()[name] for name in setting_names}
+        config |= {key: getattr(raw_model.config, key) for key in MODEL_SIZES}
+        del saved                                                   # and its memory
 
-    # output
-    writes = run.is_master and not eval_only
-    if writes:
-        checkpoint.lock(out_dir)
-        if init_from == 'resume':
-            metrics.drop_from(out_dir, iter_num, evaluates=iter_num % eval_interval == 0 or iter_num == max_iters)
-        else:
-            checkpoint.set_aside(out_dir)
-    log_wandb = start_wandb(config, wandb_id) if wandb_log and run.is_master else lambda record: None
+        # what it does again and again
+        writes = run.is_master and not eval_only
+        log = stack.enter_context(open_output(run, writes, config, wandb_id, iter_num))
 
-    def get_batch(data, purpose, k):
-        x, y = draw_batch(data, batch_size, T, vocab_size, derive_seed(seed, purpose, k))
-        return run.to_device(x), run.to_device(y)                   # (batch_size, T) each
-
-    def save_checkpoint(is_best):
-        state = dict(model=raw_model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                     model_args=checkpoint.model_args(raw_model.config), iter_num=iter_num,
-                     best_val_loss=best_val_loss, config=config, meta=meta, wandb_id=wandb_id)
-        checkpoint.save(out_dir, state, is_best)
-
-    def settle(number, report):
-        """What iteration `number` reported: whether to stop, its loss and gradient norm. Raises UserError if they are broken."""
-        stop, loss, norm = report()
-        if not math.isfinite(loss) or not (scaler.is_enabled() or math.isfinite(norm)):
-            raise UserError(f"iteration {number}: loss {loss:.4g}, gradient norm {norm:.4g}. Nothing was updated. {advice()}")
-        return stop > 0, loss, norm
-
-    params = list(raw_model.parameters())
-    reports = []                                                    # of iterations that were not looked at yet
-    peak_flops = runtime.peak_flops(run)
-    signals, stopping = runtime.StopSignal(), False
-    times = []                                                      # of the iterations since the last log line
-    is_first = True                                                 # it compiles, so it does not count for tokens/s
-    while True:
-        # the rate of this update
-        lr = cosine_lr(iter_num, learning_rate, min_lr, warmup_iters, lr_decay_iters) if decay_lr else learning_rate
-        for group in optimizer.param_groups:
-            group['lr'] = lr
-
-        # evaluate and save
-        if iter_num % eval_interval == 0 or iter_num == max_iters or eval_only:
-            while reports:
-                settle(*reports.pop(0))
-            losses = evaluate(model, run, splits, get_batch, signals)
-            if losses is None:
-                stopping = True
-                break
-            if not all(map(math.isfinite, losses.values())):
-                raise UserError(f"step {iter_num}: train loss {losses['train']}, val loss {losses['val']}. {advice()}")
-            is_best = losses['val'] <= best_val_loss
-            best_val_loss = min(best_val_loss, losses['val'])
-            say(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}, "
-                f"val perplexity {math.exp(min(losses['val'], 700)):.5g}")
-            log_wandb({'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val'], 'lr': lr})
+        def save(is_best):
+            nonlocal last_saved
             if writes:
-                metrics.append(out_dir, {'iter': iter_num, 'train_loss': losses['train'], 'val_loss': losses['val'], 'lr': lr})
-                if iter_num > 0:
-                    save_checkpoint(is_best or always_save_checkpoint)
-                    say(f"saved {out_dir}/last.pt" + (" and ckpt.pt" if is_best or always_save_checkpoint else ''))
-                metrics.plot(out_dir)
-        if eval_only or iter_num >= max_iters:
-            break
+                rundir.save(out_dir, dict(
+                    model=raw_model.state_dict(), optimizer=optimizer.state_dict(), iter_num=iter_num,
+                    scaler=scaler.state_dict() if run.dtype == 'float16' else {}, best_val_loss=best_val_loss,
+                    model_args=checkpoint.model_args(raw_model.config), config=config, meta=meta,
+                    wandb_id=wandb_id), is_best)
+            last_saved = iter_num
+            run.print(f"saved {out_dir}/last.pt" + (" and ckpt.pt" if is_best else ''))
 
-        # the gradient, over this process's share of the iteration's micro-batches
-        start = time.perf_counter()
-        mine = range(run.rank, gradient_accumulation_steps, run.world_size)
-        losses = torch.zeros(len(mine), device=run.device)
-        for i, micro_step in enumerate(mine):
-            k = iter_num * gradient_accumulation_steps + micro_step
-            x, y = get_batch(splits['train'], runtime.TRAIN_BATCH, k)
+        def get_batch(split, purpose, k):
+            x, y = draw_batch(splits[split], batch_size, T, raw_model.config.vocab_size,
+                              derive_seed(seed, purpose, k))
+            return run.to_device(x), run.to_device(y)               # (batch_size, T) each
+
+        def get_micro_batch(i):
+            k = iter_num * gradient_accumulation_steps + i * run.world_size + run.rank
             if dropout > 0:
                 torch.manual_seed(derive_seed(seed, runtime.DROPOUT, k))
-            is_last = micro_step == mine[-1]                        # processes exchange gradients once an iteration
-            with nullcontext() if is_last or run.world_size == 1 else trained.no_sync():
-                with run.autocast():
-                    _, loss = trained(x, y, return_logits=False)
-                losses[i] = loss.detach()
-                scaler.scale(loss / len(mine)).backward()
+            return get_batch('train', runtime.TRAIN_BATCH, k)
 
-        # look at what came out: the same numbers in all processes, so that all stop at the same iteration
-        scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in params])
-        report = torch.stack((torch.full_like(grad_norm, signals.received), losses.mean(), grad_norm)) / run.world_size
-        reports.append((iter_num, run.fetch(run.all_reduce_sum(report))))
-        is_logged = iter_num % log_interval == 0
-        while len(reports) > (0 if is_logged else run.lag):
-            stopping, loss, norm = settle(*reports.pop(0))
+        def stop_requested():
+            return run.any_process(signals.received)
 
-        # the update, unless it would spoil the weights (with float16 the scaler sees to that)
-        if run.lag and not scaler.is_enabled():                     # not looked at yet, so the optimizer holds it back
-            optimizer.found_inf = (~report.isfinite().all()).float()
-        if grad_clip and (run.lag or norm > grad_clip):
-            torch.nn.utils.clip_grads_with_norm_(params, grad_clip, grad_norm)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        signals = stack.enter_context(runtime.StopSignals())
+        peak_flops = runtime.peak_flops(run)
+        seconds = []                                                # of each iteration since the last log
+        is_first, stopping = True, False                            # the first iteration compiles
+        while True:
+            # the rate of this update
+            lr = rate(iter_num)
+            for group in optimizer.param_groups:
+                group['lr'] = lr
 
-        # log
-        times.append(time.perf_counter() - start)
-        if is_logged:
-            seconds = sum(times) / len(times)
-            record = dict(iter=iter_num, loss=loss, lr=lr, grad_norm=norm, ms=1000 * seconds)
-            if not is_first:
-                record['tokens_per_s'] = tokens_per_iter / seconds
-                if peak_flops:
-                    record['mfu'] = raw_model.estimate_mfu(len(mine) * batch_size, seconds, peak_flops)
-            say(log_line(record, seconds * (max_iters - iter_num - 1)))
-            log_wandb({'train/batch_loss' if key == 'loss' else key: value for key, value in record.items()})
-            if writes:
-                metrics.append(out_dir, record)
-        if is_logged or is_first:
-            times, is_first = [], False
-        iter_num += 1
-        if stopping:
-            break
+            # evaluate and save
+            if is_evaluated(iter_num):
+                losses = evaluate(model, run, get_batch, stop_requested)
+                stopping = losses is None                           # which is seen to at the update
+                if not stopping:
+                    check_finite(f"step {iter_num}", losses, last_saved)
+                    is_best = losses['val_loss'] <= best_val_loss
+                    best_val_loss = min(losses['val_loss'], best_val_loss)
+                    log({'iter': iter_num, **losses, 'lr': lr})
+                    if iter_num > 0 and not eval_only:
+                        save(is_best or always_save_checkpoint)
+                    if writes:
+                        rundir.plot_losses(out_dir)
+            if eval_only or (iter_num >= max_iters and not stopping):
+                break
 
-    while reports:
-        settle(*reports.pop(0))
-    if stopping and iter_num > 0:
-        # no loss has followed the last update yet: that of the next batch shows whether it left the model whole; in the
-        # mode that the model is in, so that nothing is compiled anew while a scheduler waits to kill
-        k = iter_num * gradient_accumulation_steps + run.rank
-        with torch.set_grad_enabled(model.training), run.autocast():
-            _, loss = model(*get_batch(splits['train'], runtime.TRAIN_BATCH, k), return_logits=False)
-        if not math.isfinite(loss.item()):
-            raise UserError(f"interrupted at iteration {iter_num}, whose weights give no finite loss: not saved. {advice()}")
-    if stopping and writes and iter_num > 0:
-        save_checkpoint(is_best=False)
-        say(f"interrupted at iteration {iter_num}: saved {out_dir}/last.pt. Go on with the same command and --init_from=resume")
-    elif stopping:
-        say(f"interrupted at iteration {iter_num}: nothing to save")
-    elif writes:
-        say(f"done: {iter_num} iterations, best val loss {best_val_loss:.4f}; see {out_dir}/loss.png")
-    checkpoint.unlock(out_dir)
-    signals.restore()
-    runtime.stop()
+            # the update
+            start_time = time.perf_counter()
+            loss, norm = update(ddp_model, params, optimizer, scaler, run, get_micro_batch, n_batches,
+                                grad_clip, before_step=lambda loss: not stop_requested())
+            stopping = norm is None
+            if stopping:
+                break
+
+            # log
+            is_logged = iter_num % log_interval == 0
+            if is_logged or is_evaluated(iter_num + 1):             # only here the device is waited for
+                loss, norm = run.mean(loss), norm.item()
+                check_update(iter_num, loss, norm, last_saved, run.dtype)
+            seconds.append(time.perf_counter() - start_time)
+            if is_logged:
+                dt = sum(seconds) / len(seconds)
+                record = {'iter': iter_num, 'loss': loss, 'lr': lr, 'grad_norm': norm, 'ms': 1000 * dt}
+                if not is_first:
+                    record['tokens_per_s'] = gradient_accumulation_steps * batch_size * T / dt
+                    if peak_flops:
+                        record['mfu'] = raw_model.estimate_mfu(n_batches * batch_size, dt, peak_flops)
+                log(record)
+            if is_logged or is_first:
+                seconds, is_first = [], False
+
+            # the next
+            iter_num += 1
+
+        # the end
+        if stopping and not eval_only and iter_num > 0:
+            # the loss of the update that was not made vouches for the weights
+            check_finite(f"interrupted at iteration {iter_num}", {'loss': run.mean(loss)}, last_saved,
+                         "It was not saved. ")
+            save(is_best=False)
+            run.print(f"interrupted at iteration {iter_num}. To go on: the same with --init_from=resume")
+        elif stopping:
+            run.print(f"interrupted at iteration {iter_num}: nothing to save")
+        elif not eval_only:
+            run.print(f"done: {iter_num} iterations, best val loss {best_val_loss:.4f}; "
+                      f"see {out_dir}/loss.png")
 
 
 if __name__ == '__main__':

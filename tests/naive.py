@@ -8,7 +8,10 @@ import torch
 
 
 def slopes(n):
-    """ALiBi's slopes as the paper words them: a geometric sequence, and for odd counts every other of the next one."""
+    """ALiBi's slopes as in the paper: a geometric sequence.
+
+    For counts that are no power of two, the rest are every other slope of the next longer sequence.
+    """
     if math.log2(n).is_integer():
         start = 2 ** (-8 / n)
         return [start ** (i + 1) for i in range(n)]
@@ -22,7 +25,10 @@ def attention(q, k, v, slope=0.0):
     """One head: q, k, v (T, D). Score (i, j) is q_i . k_j / sqrt(D) - slope (i - j), softmax over j <= i."""
     rows = []
     for i in range(len(q)):
-        scores = torch.stack([(q[i] * k[j]).sum() / math.sqrt(q.shape[1]) - slope * (i - j) for j in range(i + 1)])
+        scores = []
+        for j in range(i + 1):
+            scores.append((q[i] * k[j]).sum() / math.sqrt(q.shape[1]) - slope * (i - j))
+        scores = torch.stack(scores)
         weights = torch.exp(scores - scores.max())
         weights = weights / weights.sum()
         rows.append(sum(weights[j] * v[j] for j in range(i + 1)))
@@ -58,7 +64,10 @@ def logits(state, config, ids):
         h = f'transformer.h.{layer}.'
         qkv = linear(norm(x, h + 'ln_1'), h + 'attn.c_attn')
         q, k, v = qkv[:, :C], qkv[:, C:2 * C], qkv[:, 2 * C:]
-        heads = [attention(q[:, s:s + D], k[:, s:s + D], v[:, s:s + D], head_slopes[s // D]) for s in range(0, C, D)]
+        heads = []
+        for head, slope in enumerate(head_slopes):
+            part = slice(head * D, (head + 1) * D)
+            heads.append(attention(q[:, part], k[:, part], v[:, part], slope))
         x = x + linear(torch.cat(heads, dim=1), h + 'attn.c_proj')
         x = x + linear(gelu(linear(norm(x, h + 'ln_2'), h + 'mlp.c_fc')), h + 'mlp.c_proj')
     return norm(x, 'transformer.ln_f') @ state['transformer.wte.weight'].T

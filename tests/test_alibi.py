@@ -6,7 +6,7 @@ from naive import slopes as naive_slopes
 from test_model import all_logits, random_ids, small
 
 import model as model_module
-from model import alibi_bias, alibi_flex, alibi_kernel, alibi_slopes, attend
+from model import alibi_bias, alibi_flex_attention, alibi_slopes, attention
 
 HEADS = (1, 4, 6, 12, 20, 25)
 LENGTHS = (1, 7, 64, pytest.param(1024, marks=pytest.mark.slow))
@@ -26,7 +26,7 @@ def naive_attention(q, k, v, slopes):
 def our_attention(q, k, v, slopes):
     """As CausalSelfAttention computes it."""
     bias = alibi_bias(slopes, torch.arange(k.size(1) - q.size(1), k.size(1)), k.size(1)).to(q.dtype)
-    return attend(q[None], k[None], v[None], bias)[0]
+    return attention(q[None], k[None], v[None], mask=bias)[0]
 
 
 def outputs_and_gradients(attention, q, k, v, slopes, weight):
@@ -118,54 +118,43 @@ def test_chunks_of_queries_behind_a_cache(T, S):
     q, k, v = torch.randn(3, 2, 4, S, 16)
     slopes = alibi_slopes(4)
     whole = F.scaled_dot_product_attention(q, k, v, alibi_bias(slopes, torch.arange(S), S))
-    torch.testing.assert_close(attend(q[:, :, -T:], k, v, alibi_bias(slopes, torch.arange(S - T, S), S)), whole[:, :, -T:], rtol=0, atol=1e-5)
+    bias = alibi_bias(slopes, torch.arange(S - T, S), S)
+    torch.testing.assert_close(attention(q[:, :, -T:], k, v, mask=bias), whole[:, :, -T:], rtol=0, atol=1e-5)
 
 
-# FlexAttention, CUDA's way: on the CPU its forward pass can be run
-
-def test_the_kernel_by_device():
-    assert alibi_kernel('cuda', compiled=True, dropout=0.0) == 'flex'
-    assert alibi_kernel('cuda', compiled=True, dropout=0.1) == 'sdpa'
-    assert alibi_kernel('cuda', compiled=False, dropout=0.0) == 'sdpa'
-    assert alibi_kernel('cpu', compiled=True, dropout=0.0) == 'sdpa'
-    assert alibi_kernel('mps', compiled=False, dropout=0.0) == 'sdpa'
-
+# FlexAttention: on the CPU its forward pass can be run
 
 @torch.no_grad()
-def test_flex_equals_sdpa():
+def test_flex_equals_the_models_own_attention():
     model = small(use_alibi=True, n_head=4, n_embd=64)
     for T in (5, 16, 200):
         idx = random_ids(2, T)
-        expected = all_logits(model, idx)
-        model.alibi_kernel = 'flex'
-        torch.testing.assert_close(all_logits(model, idx), expected, rtol=0, atol=1e-4)
-        model.alibi_kernel = 'sdpa'
-    model.alibi_kernel = 'flex'
-    assert torch.equal(model.generate(idx[:, :8], 20, temperature=0), small_copy(model).generate(idx[:, :8], 20, temperature=0))
+        flex, _ = model(idx, idx, attend=alibi_flex_attention(model.slopes, T))
+        torch.testing.assert_close(flex, all_logits(model, idx), rtol=0, atol=1e-4)
 
 
-def small_copy(model):
-    copy = small(use_alibi=True, n_head=4, n_embd=64)
-    copy.load_state_dict(model.state_dict())
-    return copy
-
-
-def test_flex_computes_the_bias_where_it_is_needed():
-    """Nothing of size T x T: its mask is kept per block of 128 x 128 positions."""
-    flex = alibi_flex(alibi_slopes(2), 1024).keywords
-    assert flex['block_mask'].kv_indices.shape[-2:] == (8, 8)
-    score = flex['score_mod'](torch.tensor(1.5), 0, 1, torch.tensor(7), torch.tensor(3))
+def test_flex_computes_the_bias_where_it_is_needed(monkeypatch):
+    """Nothing of size T x T: its mask, made once, is kept per block of 128 x 128 positions."""
+    calls = []
+    monkeypatch.setattr(model_module, 'flex_attention', lambda q, k, v, **options: calls.append(options))
+    attend = alibi_flex_attention(alibi_slopes(2), 1024)
+    for _ in range(2):
+        attend(None, None, None)
+    assert calls[0]['block_mask'] is calls[1]['block_mask']
+    assert calls[0]['block_mask'].kv_indices.shape[-2:] == (8, 8)
+    score = calls[0]['score_mod'](torch.tensor(1.5), 0, 1, torch.tensor(7), torch.tensor(3))
     assert score.item() == pytest.approx(1.5 - alibi_slopes(2)[1].item() * 4)
+    with pytest.raises(ValueError, match='dropout'):
+        attend(None, None, None, 0.1)
 
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_compiled_flex_equals_sdpa():
+def test_compiled_flex_equals_the_models_own_attention():
     model = small(use_alibi=True, n_head=4, n_embd=64)
     idx = random_ids(2, 200)
-    expected = all_logits(model, idx)
-    model.alibi_kernel = 'flex'
-    torch.testing.assert_close(torch.compile(model)(idx, idx)[0], expected, rtol=0, atol=1e-4)
+    attend = alibi_flex_attention(model.slopes, 200)
+    torch.testing.assert_close(torch.compile(model)(idx, idx, attend=attend)[0], all_logits(model, idx), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize('use_alibi', [False, True])

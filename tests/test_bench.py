@@ -51,22 +51,21 @@ def test_wrong_settings_are_told(checkout):
 
 
 @pytest.fixture
-def sizes(monkeypatch):
-    """bench.py's settings for a tiny model, and random tokens."""
+def job(monkeypatch):
+    """bench.py's settings for a tiny model, and what it makes of them."""
     for argument in SMALL:
         name, value = argument[2:].split('=')
         monkeypatch.setattr(bench, name, int(value))
     monkeypatch.setattr(bench, 'device', 'cpu')
     monkeypatch.setattr(bench, 'vocab_size', 16)
-    yield np.random.default_rng(0).integers(16, size=1000).astype('<u2')
-    bench.model_module.attend = bench.built_attention
+    return bench.choose_job(bench.runtime.set_up('cpu'))
 
 
 def too_large(*args, **options):
     raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried ...")
 
 
-def test_what_does_not_fit_is_said_and_the_others_go_on(sizes, monkeypatch, capsys):
+def test_what_does_not_fit_is_said_and_the_others_go_on(job, monkeypatch, capsys):
     monkeypatch.setattr(bench, 'explicit_attention', too_large)
     monkeypatch.setattr(bench.GPT, 'generate', too_large)
     bench.bench()
@@ -75,10 +74,10 @@ def test_what_does_not_fit_is_said_and_the_others_go_on(sizes, monkeypatch, caps
     assert re.search(r'^ALiBi  ', output, re.MULTILINE) and not re.search(r'^ALiBi, explicit scores  ', output, re.MULTILINE)
 
 
-def test_kinds_that_fit_alone_but_not_together(sizes, monkeypatch, capsys):
+def test_kinds_that_fit_alone_but_not_together(job, monkeypatch, capsys):
     alternate = bench.alternate
     monkeypatch.setattr(bench, 'alternate', lambda sides, *args: (too_large if len(sides) > 2 else alternate)(sides, *args))
-    bench.bench_training(bench.runtime.resolve('cpu'), sizes)
+    bench.bench_training(job)
     output = capsys.readouterr().out
     assert 'ALiBi, beside the others: does not fit in memory' in output
     assert re.search(r'^learned positions  ', output, re.MULTILINE) and not re.search(r'^ALiBi  ', output, re.MULTILINE)
@@ -92,20 +91,21 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
 
 
 @pytest.mark.parametrize('compiled', [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_steps_give_the_plain_losses(sizes, monkeypatch, compiled):
+def test_steps_give_the_plain_losses(job, monkeypatch, compiled):
     """20 updates of the character CPU config's model: the plain way, and as train.py makes them."""
     for name, size in bench.CPU_SIZES.items():
         monkeypatch.setattr(bench, name, size)
-    run, data = bench.runtime.resolve('cpu', compile=compiled), np.tile(sizes, 2)
-    (_, plain), (_, built) = bench.make_plain_step(run, data), bench.make_step(run, data)
+    job = bench.choose_job(bench.runtime.set_up('cpu', compile=compiled))
+    job = job._replace(data=np.random.default_rng(0).integers(16, size=1000).astype('<u2'))
+    (_, plain), (_, built) = bench.make_plain_step(job), bench.make_step(job)
     losses = [(plain(k).item(), built(k).item()) for k in range(20)]
     assert losses[-1][0] < losses[0][0] - 0.1
     assert max(abs(a - b) for a, b in losses) < 1e-5
 
 
-def test_explicit_scores_are_the_same_model(sizes):
-    run = bench.runtime.resolve('cpu')
-    models = [bench.make_step(run, sizes, **options) for options in ({}, dict(alibi=True), dict(alibi=True, attention=bench.explicit_attention))]
+def test_explicit_scores_are_the_same_model(job):
+    kinds = ({}, dict(use_alibi=True), dict(use_alibi=True, make_attention=bench.explicit_alibi))
+    models = [bench.make_step(job, **options) for options in kinds]
     for _, step in models:
         for k in range(3):
             step(k)

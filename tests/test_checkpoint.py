@@ -5,6 +5,7 @@ import torch
 from test_model import SMALL, all_logits, random_ids, small
 
 import checkpoint
+import rundir
 from model import GPT, GPTConfig
 from runtime import UserError
 
@@ -20,8 +21,8 @@ def make_state(model, optimizer=None, **more):
 @pytest.mark.parametrize('options', [{}, dict(bias=False, dropout=0.1), dict(use_alibi=True)])
 def test_round_trip(tmp_path, options):
     model, idx = small(**options), random_ids(2, 16)
-    checkpoint.save(tmp_path, make_state(model), is_best=True)
-    loaded, state, path = checkpoint.load_for_sampling(tmp_path)
+    rundir.save(tmp_path, make_state(model), is_best=True)
+    loaded, state, path = rundir.load_for_sampling(tmp_path)
     assert loaded.config == model.config and not loaded.training and path == tmp_path / 'ckpt.pt'
     assert torch.equal(all_logits(model, idx), all_logits(loaded, idx))
     assert state['iter_num'] == 7
@@ -31,26 +32,6 @@ def test_round_trip(tmp_path, options):
 def test_a_plain_checkpoint_has_only_nanogpts_model_args():
     assert checkpoint.model_args(GPTConfig()).keys() == NANOGPT_ARGS
     assert checkpoint.model_args(GPTConfig(use_alibi=True)).keys() == NANOGPT_ARGS | {'use_alibi'}
-
-
-def test_last_and_best(tmp_path):
-    model = small()
-    checkpoint.save(tmp_path, make_state(model, iter_num=1), is_best=True)
-    assert os.path.samefile(tmp_path / 'last.pt', tmp_path / 'ckpt.pt')  # one file on the disk
-    checkpoint.save(tmp_path, make_state(model, iter_num=2), is_best=False)
-    assert [checkpoint.load(tmp_path / name)['iter_num'] for name in ('last.pt', 'ckpt.pt')] == [2, 1]
-    checkpoint.save(tmp_path, make_state(model, iter_num=3), is_best=True)
-    assert [checkpoint.load(tmp_path / name)['iter_num'] for name in ('last.pt', 'ckpt.pt')] == [3, 3]
-    assert sorted(os.listdir(tmp_path)) == ['ckpt.pt', 'last.pt']
-
-
-def test_a_file_system_without_links(tmp_path, monkeypatch):
-    def no_links(*args):
-        raise OSError
-    monkeypatch.setattr(os, 'link', no_links)
-    checkpoint.save(tmp_path, make_state(small()), is_best=True)
-    assert checkpoint.load(tmp_path / 'ckpt.pt')['iter_num'] == 7
-    assert not os.path.samefile(tmp_path / 'last.pt', tmp_path / 'ckpt.pt')
 
 
 @pytest.mark.parametrize('prefix, step', [('_orig_mod.', 'tensor'), ('', 'missing')])
@@ -63,7 +44,7 @@ def test_nanogpts_own_checkpoint_opens(tmp_path, prefix, step):
     torch.save({'model': state, 'optimizer': torch.optim.AdamW([torch.zeros(2)]).state_dict(), 'iter_num': 250,
                 'model_args': dict(n_layer=2, n_head=3, n_embd=24, block_size=16, bias=False, vocab_size=23, dropout=0.0),
                 'best_val_loss': torch.tensor(1.9), 'config': {'dataset': 'nowhere'}}, tmp_path / 'ckpt.pt')
-    loaded, state, _ = checkpoint.load_for_sampling(tmp_path)
+    loaded, state, _ = rundir.load_for_sampling(tmp_path)
     assert torch.equal(all_logits(model, idx), all_logits(loaded, idx))
     with pytest.raises(UserError, match='23 token ids .*data/nowhere/meta.pkl'):  # its characters are not in the file
         checkpoint.data_meta(state)
@@ -120,13 +101,13 @@ def test_a_hostile_checkpoint_is_refused_and_runs_nothing(tmp_path):
 def test_what_is_no_checkpoint_is_named(tmp_path):
     path = tmp_path / 'ckpt.pt'
     with pytest.raises(UserError, match='no ckpt.pt or last.pt'):
-        checkpoint.load_for_sampling(tmp_path)
+        rundir.load_for_sampling(tmp_path)
     for content in (b'', b'junk'):
         path.write_bytes(content)
         with pytest.raises(UserError, match='ckpt.pt'):
             checkpoint.load(path)
     torch.save([1, 2], path)
-    with pytest.raises(UserError, match='lacks model or model_args'):
+    with pytest.raises(UserError, match='not a checkpoint of a GPT: it holds a list'):
         checkpoint.load(path)
 
 
@@ -139,26 +120,6 @@ def test_weights_that_do_not_fit_are_named():
     del state['model']['transformer.ln_f.weight']
     with pytest.raises(UserError, match='ln_f'):
         checkpoint.build_model(state)
-
-
-def test_set_aside(tmp_path):
-    def files(folder):
-        return {path.name: path.read_text() for path in folder.iterdir() if path.is_file()} if folder.exists() else None
-
-    checkpoint.set_aside(tmp_path)
-    assert files(tmp_path) == {} and files(tmp_path / 'previous') is None
-    for name in ('last.pt', 'ckpt.pt', 'metrics.jsonl'):
-        (tmp_path / name).write_text('first')
-    (tmp_path / 'notes.txt').write_text('mine')
-    checkpoint.set_aside(tmp_path)
-    assert files(tmp_path) == {'notes.txt': 'mine'}
-    assert files(tmp_path / 'previous') == {'last.pt': 'first', 'ckpt.pt': 'first', 'metrics.jsonl': 'first'}
-    (tmp_path / 'metrics.jsonl').write_text('a run that was stopped at once')
-    checkpoint.set_aside(tmp_path)
-    assert files(tmp_path) == {'notes.txt': 'mine'} and files(tmp_path / 'previous')['metrics.jsonl'] == 'first'
-    (tmp_path / 'ckpt.pt').write_text('second')
-    checkpoint.set_aside(tmp_path)
-    assert files(tmp_path / 'previous') == {'ckpt.pt': 'second'}
 
 
 def test_a_model_of_nanogpts_defaults_is_124m():

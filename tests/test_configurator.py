@@ -1,10 +1,14 @@
+import shutil
+
 import pytest
+from conftest import REPO, error_line, run_script
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from configurator import ConfigError, configure, help_text
 
-DEFAULTS = {'out_dir': 'out', 'max_iters': 100, 'learning_rate': 1e-3, 'bias': False, 'compile': 'auto', 'start': '\n'}
+DEFAULTS = {'out_dir': 'out', 'max_iters': 100, 'learning_rate': 1e-3, 'bias': False, 'compile': 'auto',
+            'start': '\n'}
 
 
 @pytest.mark.parametrize('arguments, expected', [
@@ -28,9 +32,10 @@ DEFAULTS = {'out_dir': 'out', 'max_iters': 100, 'learning_rate': 1e-3, 'bias': F
 ])
 def test_good_arguments(arguments, expected):
     settings = configure(arguments, DEFAULTS)
-    assert settings == DEFAULTS | expected
-    assert {key: type(value) for key, value in settings.items()} == {key: type(value) for key, value in
-                                                                     (DEFAULTS | expected).items()}
+    expected = DEFAULTS | expected
+    assert settings == expected
+    assert {key: type(value) for key, value in settings.items()} \
+        == {key: type(value) for key, value in expected.items()}
 
 
 @pytest.mark.parametrize('arguments, words', [
@@ -60,7 +65,8 @@ def test_bad_arguments_name_what_is_wrong(arguments, words):
 
 @pytest.mark.parametrize('text, expected', [
     ('max_iters = 7', {'max_iters': 7}),
-    ('import time\nfrom math import pi\ndef f(): pass\n_half = 50\nmax_iters = 2 * _half', {'max_iters': 100}),
+    ('import time\nfrom math import pi\ndef f(): pass\n_half = 50\nmax_iters = 2 * _half',
+     {'max_iters': 100}),
     ('from math import *\nmax_iters = int(pi)', {'max_iters': 3}),
     ('\ufeffmax_iters = 7', {'max_iters': 7}),
     ('from pathlib import Path\nmax_iters = len(Path(__file__).name)', {'max_iters': 4}),
@@ -119,6 +125,30 @@ def test_other_scripts_skip_what_they_lack(tmp_path, capsys):
         configure(['--n_layer=3'], DEFAULTS, skip_unknown=True)
 
 
+@pytest.fixture(scope='module')
+def fork(tmp_path_factory):
+    """A folder with the scripts, train.py also under another name, and a config with an unknown setting."""
+    folder = tmp_path_factory.mktemp('fork')
+    for path in REPO.glob('*.py'):
+        shutil.copy(path, folder)
+    shutil.copy(REPO / 'train.py', folder / 'my_train.py')
+    (folder / 'c.py').write_text('n_heads = 3\n')
+    return folder
+
+
+@pytest.mark.parametrize('script', ['train.py', 'my_train.py'])
+def test_training_scripts_refuse_unknown_settings(fork, script):
+    line = error_line(run_script(fork, script, 'c.py', status=1))
+    assert "'n_heads'" in line and "'n_head'" in line
+
+
+@pytest.mark.parametrize('script', ['sample.py', 'export_hf.py', 'sample_alibi_extrapolation.py'])
+def test_other_scripts_pass_over_them_with_a_note(fork, script):
+    output = run_script(fork, script, 'c.py', '--out_dir=nowhere', status=1)
+    assert 'c.py: skipping n_heads' in output
+    assert 'nowhere' in error_line(output)  # as far as that they got
+
+
 def test_a_plain_argument_is_for_the_setting_that_the_script_names():
     assert configure(['out-x', '--max_iters=3'], DEFAULTS, plain_argument='out_dir')['out_dir'] == 'out-x'
     with pytest.raises(ConfigError, match='out-x'):
@@ -133,14 +163,16 @@ def test_help_has_each_setting_with_default_and_comment():
 
 # any argument, any config file: settings of the right types, or one clear line
 
-texts = st.one_of(st.text(), st.sampled_from(['1', '-1', '1e5', 'nan', 'inf', 'True', 'auto', 'None', '1' * 5000, '\x00', '0x10']))
+hard_texts = ['1', '-1', '1e5', 'nan', 'inf', 'True', 'auto', 'None', '1' * 5000, '\x00', '0x10']
+texts = st.one_of(st.text(), st.sampled_from(hard_texts))
 keys = st.one_of(st.sampled_from([*DEFAULTS, 'max_iter', '']), st.text())
 one_argument = st.one_of(st.builds('--{}={}'.format, keys, texts), st.builds('--{}'.format, keys), texts)
 
 
 def has_the_types_of_the_defaults(settings):
     return settings.keys() == DEFAULTS.keys() and all(
-        type(value) is type(DEFAULTS[key]) or (DEFAULTS[key] == 'auto' and type(value) is bool) for key, value in settings.items())
+        type(value) is type(DEFAULTS[key]) or (DEFAULTS[key] == 'auto' and type(value) is bool)
+        for key, value in settings.items())
 
 
 @given(st.lists(one_argument, max_size=5))
@@ -151,9 +183,12 @@ def test_any_arguments(arguments):
         assert str(error) and '\n' not in str(error)
 
 
-values = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_subnormal=False), st.text(), st.lists(st.integers()), st.binary()).map(repr)
-lines = st.one_of(st.builds('{} = {}'.format, st.sampled_from([*DEFAULTS, '_x', 'steps']), values), st.text(),
-                  st.sampled_from(['import math', 'def f(): pass', 'del bias', 'raise SystemExit', 'class A: pass', 'from os import *']))
+values = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_subnormal=False), st.text(),
+                   st.lists(st.integers()), st.binary()).map(repr)
+assignments = st.builds('{} = {}'.format, st.sampled_from([*DEFAULTS, '_x', 'steps']), values)
+statements = st.sampled_from(['import math', 'def f(): pass', 'del bias', 'raise SystemExit', 'class A: pass',
+                              'from os import *'])
+lines = st.one_of(assignments, st.text(), statements)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])

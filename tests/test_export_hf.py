@@ -1,4 +1,4 @@
-"""Exported folders, opened with transformers as a user does, against the model that they come from."""
+"""Exported folders, opened with transformers as a user does, against the models they come from."""
 import json
 
 import pytest
@@ -8,6 +8,7 @@ from test_checkpoint import make_state
 from test_model import all_logits, random_ids, small
 
 import checkpoint
+import rundir
 from model import GPT
 
 META = {'vocab_size': 23, 'stoi': {char: i for i, char in enumerate('\n abcdefghijklmnopqrst“')},
@@ -15,8 +16,9 @@ META = {'vocab_size': 23, 'stoi': {char: i for i, char in enumerate('\n abcdefgh
 
 
 def export(checkout, tmp_path, model, meta=META, status=0, env=None, **more):
-    checkpoint.save(tmp_path / 'out', make_state(model, meta=meta, config={'dataset': 'letters'}), is_best=True)
-    return run_script(checkout, 'export_hf.py', f'--out_dir={tmp_path}/out', f'--hf_dir={tmp_path}/hf', status=status, env=env)
+    rundir.save(tmp_path / 'out', make_state(model, meta=meta, config={'dataset': 'letters'}), is_best=True)
+    return run_script(checkout, 'export_hf.py', f'--out_dir={tmp_path}/out', f'--hf_dir={tmp_path}/hf',
+                      status=status, env=env)
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +31,7 @@ CASES = [dict(bias=False), dict(bias=True), dict(bias=True, gelu='tanh'), dict(b
 
 @pytest.mark.parametrize('options', CASES)
 def test_logits_and_greedy_text_are_the_same(checkout, tmp_path, options):
-    """Through AutoModel and the text-generation pipeline; with ALiBi three times past the trained length."""
+    """Through AutoModel and the text-generation pipeline; with ALiBi up to three times the trained length."""
     from transformers import AutoModelForCausalLM, pipeline
     model = small(**options, std=0.1)
     export(checkout, tmp_path, model)
@@ -42,8 +44,10 @@ def test_logits_and_greedy_text_are_the_same(checkout, tmp_path, options):
 
     n = 60 if model.config.use_alibi else 10
     prompt = 'cab\n “'
-    ours = model.generate(torch.tensor([[META['stoi'][char] for char in prompt]]), n, temperature=0)[0].tolist()
-    theirs = pipeline('text-generation', str(tmp_path / 'hf'))(prompt, max_new_tokens=n, do_sample=False)[0]['generated_text']
+    idx = torch.tensor([[META['stoi'][char] for char in prompt]])
+    ours = model.generate(idx, n, temperature=0)[0].tolist()
+    write = pipeline('text-generation', str(tmp_path / 'hf'))
+    theirs = write(prompt, max_new_tokens=n, do_sample=False)[0]['generated_text']
     assert theirs == ''.join(META['itos'][i] for i in ours) and len(theirs) == n + len(prompt)
 
 
@@ -55,7 +59,8 @@ def test_an_exported_gpt2_reads_back_as_the_same_model(checkout, tmp_path, optio
     assert again.config.gelu == model.config.gelu
     torch.testing.assert_close(all_logits(again, idx), all_logits(model, idx), rtol=0, atol=1e-6)
     assert checkpoint.pretrained_meta(tmp_path / 'hf') == META
-    output = run_script(checkout, 'sample.py', f'--init_from={tmp_path}/hf', '--start=abc', '--num_samples=1', '--max_new_tokens=5')
+    output = run_script(checkout, 'sample.py', f'--init_from={tmp_path}/hf', '--start=abc', '--num_samples=1',
+                        '--max_new_tokens=5')
     assert '\nabc' in output
 
 
@@ -66,7 +71,7 @@ def test_char_tokenizer(checkout, tmp_path):
     text = '  a b\n\n“cab”'.replace('”', '“') + ' '
     ids = tok(text)['input_ids']
     assert ids == [META['stoi'][char] for char in text] and tok.decode(ids) == text
-    with pytest.raises(Exception, match='UNK'):  # a character that it lacks is an error, not something else
+    with pytest.raises(Exception, match='UNK'):  # an unknown character is an error, not another character
         tok('Z')
 
 
@@ -87,7 +92,8 @@ def test_bpe_tokenizer(checkout, tmp_path, bpe_files, monkeypatch):
 def test_the_model_card(checkout, tmp_path):
     export(checkout, tmp_path, small(bias=False, use_alibi=True))
     card = (tmp_path / 'hf/README.md').read_text()
-    assert 'ALiBi' in card and '1.5000 nats' in card and '`letters`' in card and '| n_layer | 2 |' in card and '7 iterations' in card.replace('\n', ' ')
+    assert 'ALiBi' in card and '1.5000 nats' in card and '`letters`' in card and '| n_layer | 2 |' in card
+    assert '7 iterations' in card.replace('\n', ' ')
 
 
 @pytest.mark.parametrize('options, words', [(dict(use_alibi=True, bias=True), ['ALiBi', 'bias=False'])])
@@ -100,7 +106,7 @@ def test_what_transformers_has_no_equal_of_is_refused(checkout, tmp_path, option
 def test_other_folders_are_left_alone(checkout, tmp_path):
     (tmp_path / 'hf').mkdir()
     (tmp_path / 'hf/thesis.txt').write_text('years of work')
-    assert 'is no export' in error_line(export(checkout, tmp_path, small(), status=1))
+    assert 'is not an export' in error_line(export(checkout, tmp_path, small(), status=1))
     assert (tmp_path / 'hf/thesis.txt').read_text() == 'years of work'
     (tmp_path / 'hf/thesis.txt').unlink()
     (tmp_path / 'hf').rmdir()

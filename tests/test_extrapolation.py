@@ -11,6 +11,7 @@ from test_checkpoint import make_state
 from test_model import small
 
 import checkpoint
+import rundir
 import runtime
 import sample_alibi_extrapolation as script
 from dataset import write_char_dataset
@@ -25,8 +26,8 @@ class Bar:
 
 @pytest.mark.parametrize('W', [16, 24, 128])
 def test_losses_equal_one_forward_for_each_target(W):
-    """The slow way: for each target the logits behind exactly the tokens that it may see."""
-    model, run = small(use_alibi=True), runtime.resolve('cpu')
+    """The slow way: for each target a forward pass over exactly the tokens before it in its window."""
+    model, run = small(use_alibi=True), runtime.set_up('cpu')
     data = torch.randint(23, (301,), generator=torch.Generator().manual_seed(0))
 
     def loss_after(context, target):
@@ -45,7 +46,7 @@ def test_losses_equal_one_forward_for_each_target(W):
 
 
 def test_batches_do_not_change_the_losses(monkeypatch):
-    model, run = small(use_alibi=True), runtime.resolve('cpu')
+    model, run = small(use_alibi=True), runtime.set_up('cpu')
     data = torch.randint(23, (500,), generator=torch.Generator().manual_seed(0))
     before = script.whole_split_losses(model, run, data, 16, Bar())
     monkeypatch.setattr(script, 'BATCH_TOKENS', 48)
@@ -67,17 +68,20 @@ def test_standard_errors():
 def trained(checkout, tmp_path_factory):
     folder = tmp_path_factory.mktemp('trained')
     for name, use_alibi in (('alibi', True), ('learned', False)):
-        run_script(checkout, 'train.py', *arguments(**TINY | dict(use_alibi=use_alibi, dropout=0.0), out_dir=folder / name))
+        options = TINY | dict(use_alibi=use_alibi, dropout=0.0, out_dir=folder / name)
+        run_script(checkout, 'train.py', *arguments(**options))
     return folder
 
 
 def rows(output):
-    """The window lengths and first losses of the tables in what the script printed."""
-    return [(int(length), float(loss)) for length, loss in re.findall(r'^ +(\d+) = [\d.]+x +([\d.]+) ±', output, re.MULTILINE)]
+    """The window lengths and first losses in the tables that the script printed."""
+    found = re.findall(r'^ +(\d+) = [\d.]+x +([\d.]+) ±', output, re.MULTILINE)
+    return [(int(length), float(loss)) for length, loss in found]
 
 
 def test_the_script(checkout, trained):
-    output = run_script(checkout, SCRIPT, trained / 'alibi', f'--compare={trained}/learned', '--sliding_targets=1500')
+    output = run_script(checkout, SCRIPT, trained / 'alibi', f'--compare={trained}/learned',
+                        '--sliding_targets=1500')
     lengths, losses = zip(*rows(output))
     assert lengths == (32, 48, 64, 128, 256, 32)
     assert all(2 < loss < 4.5 for loss in losses)
@@ -89,7 +93,7 @@ def test_the_script(checkout, trained):
 def test_a_learned_checkpoint_is_measured_at_1x(checkout, trained):
     output = run_script(checkout, SCRIPT, trained / 'learned', '--sliding_targets=50')
     assert [length for length, _ in rows(output)] == [32]
-    assert 'there is none for a longer window' in output
+    assert 'no longer window is measured' in output
 
 
 def test_a_short_val_split_makes_a_smaller_table(checkout, trained):
@@ -115,7 +119,7 @@ def test_a_short_val_split_makes_a_smaller_table(checkout, trained):
     (['--sliding_targets=1'], ['sliding_targets', '1']),
     (['--comparison=x'], ['comparison', "'compare'"]),
 ])
-def test_mistakes_are_told_in_one_line(checkout, options, words):
+def test_a_mistake_gives_one_line(checkout, options, words):
     line = error_line(run_script(checkout, SCRIPT, *options, status=1))
     assert all(word in line for word in words), line
 
@@ -128,16 +132,17 @@ def test_another_vocabulary_is_refused(checkout, trained):
     assert 'data/abc has another vocabulary' in line
 
 
-def test_missing_data_is_told(checkout, tmp_path):
-    checkpoint.save(tmp_path, make_state(small(use_alibi=True), config={'dataset': 'gone'}), is_best=True)
+def test_missing_data_gives_one_line(checkout, tmp_path):
+    rundir.save(tmp_path, make_state(small(use_alibi=True), config={'dataset': 'gone'}), is_best=True)
     line = error_line(run_script(checkout, SCRIPT, tmp_path, status=1))
     assert 'data/gone/val.bin' in line and 'prepare.py' in line
 
 
 @pytest.mark.slow
 def test_the_study_that_trains_its_own_models(checkout, tmp_path):
-    """With no argument, where no data is prepared; the config shortened, or it would take minutes."""
-    fresh = shutil.copytree(checkout, tmp_path / 'fresh', ignore=shutil.ignore_patterns('*.bin', '*.pkl', '__pycache__', 'short'))
+    """With no argument and no prepared data; the config is shortened, or it would take minutes."""
+    ignore = shutil.ignore_patterns('*.bin', '*.pkl', '__pycache__', 'short')
+    fresh = shutil.copytree(checkout, tmp_path / 'fresh', ignore=ignore)
     config = fresh / 'config/train_shakespeare_char_cpu.py'
     config.write_text(config.read_text() + '\nmax_iters = 60\neval_interval = 30\nblock_size = 16\n')
     output = run_script(fresh, SCRIPT)

@@ -12,11 +12,11 @@ from runtime import UserError
 
 
 def save_gpt2(folder, std=0.2, **options):
-    """A small GPT-2 of transformers with weights drawn large, so that the activation matters, saved in folder."""
+    """A small GPT-2 of transformers, saved in folder. Its weights are large: the activation matters."""
     from transformers import GPT2Config, GPT2LMHeadModel
     torch.manual_seed(0)
-    peer = GPT2LMHeadModel(GPT2Config(**dict(vocab_size=103, n_positions=32, n_embd=48, n_layer=2, n_head=3, bos_token_id=0,
-                                             eos_token_id=0) | options)).eval()
+    sizes = dict(vocab_size=103, n_positions=32, n_embd=48, n_layer=2, n_head=3)
+    peer = GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0, **sizes | options)).eval()
     with torch.no_grad():
         for p in peer.parameters():
             p.add_(std * torch.randn_like(p))
@@ -37,7 +37,7 @@ def test_logits_equal_transformers(tmp_path, activation, gelu):
 
 
 def test_the_hubs_cache_offline(tmp_path):
-    """`gpt2` as transformers finds it where it was downloaded before."""
+    """`gpt2` as transformers finds it in its cache after a download."""
     revision = 'a' * 40
     cache = tmp_path / 'hub/models--gpt2'
     (cache / 'refs').mkdir(parents=True)
@@ -46,7 +46,8 @@ def test_the_hubs_cache_offline(tmp_path):
     code = ("import torch; from model import GPT; m = GPT.from_pretrained('gpt2'); "
             "print('sum', m(torch.arange(8)[None])[0].double().sum().item())")
     output = run_script(REPO, '-c', code, env={'HF_HOME': str(tmp_path), 'HF_HUB_OFFLINE': '1'})
-    assert float(output.split('sum')[1]) == pytest.approx(peer(torch.arange(8)[None]).logits[:, -1].double().sum().item(), rel=1e-4)
+    expected = peer(torch.arange(8)[None]).logits[:, -1].double().sum().item()
+    assert float(output.split('sum')[1]) == pytest.approx(expected, rel=1e-4)
 
 
 def test_all_four_sizes(monkeypatch):
@@ -64,7 +65,8 @@ def test_all_four_sizes(monkeypatch):
 
 @pytest.mark.parametrize('options, words', [
     (dict(activation_function='relu'), 'relu'), (dict(n_inner=100), 'n_inner=100'),
-    (dict(layer_norm_epsilon=1e-3), 'layer_norm_epsilon'), (dict(scale_attn_by_inverse_layer_idx=True), 'inverse_layer')])
+    (dict(layer_norm_epsilon=1e-3), 'layer_norm_epsilon'),
+    (dict(scale_attn_by_inverse_layer_idx=True), 'inverse_layer')])
 def test_what_has_no_equal_here_is_refused(tmp_path, options, words):
     save_gpt2(tmp_path, **options)
     with pytest.raises(ValueError, match=words):
@@ -91,13 +93,13 @@ def test_a_checkpoint_remembers_the_activation(tmp_path):
 # the scripts
 
 def test_finetune_evaluate_and_resume(run_train, tmp_path, capsys):
-    """On the character set with a GPT-2 of as many ids: a stand-in for GPT-2's own and its BPE."""
+    """On characters, with a GPT-2 of as many ids: a stand-in for OpenAI's GPT-2 and its BPE."""
     save_gpt2(tmp_path / 'hf', std=0.02)
     run_train(init_from=str(tmp_path / 'hf'), eval_only=True)
     assert 'step 0: train loss' in capsys.readouterr().out
     out_dir = run_train(init_from=str(tmp_path / 'hf'), block_size=16, dropout=0.1)
-    state = checkpoint.load(out_dir / 'last.pt')
-    assert (state['model_args']['gelu'], state['model_args']['block_size'], state['model_args']['dropout']) == ('tanh', 16, 0.1)
+    args = checkpoint.load(out_dir / 'last.pt')['model_args']
+    assert (args['gelu'], args['block_size'], args['dropout']) == ('tanh', 16, 0.1)
     losses = [r['val_loss'] for r in read_metrics(out_dir) if 'val_loss' in r]
     assert losses[-1] < losses[0]
     run_train(init_from='resume', block_size=16, max_iters=22)
@@ -106,8 +108,10 @@ def test_finetune_evaluate_and_resume(run_train, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('settings, words', [
-    (dict(use_alibi=True), 'position embeddings'), (dict(init_from='gpt2-huge'), 'folder'), (dict(init_from='bert'), 'gpt2-xl')])
-def test_mistakes_are_told(run_train, tmp_path, monkeypatch, settings, words):
+    (dict(use_alibi=True), 'position embeddings'),
+    (dict(init_from='gpt2-huge'), 'folder'),
+    (dict(init_from='bert'), 'gpt2-xl')])
+def test_mistakes_are_refused(run_train, tmp_path, monkeypatch, settings, words):
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     save_gpt2(tmp_path / 'hf')
     with pytest.raises(UserError, match=words):
@@ -121,13 +125,15 @@ def test_without_network_one_line(checkout, tmp_path):
 
 
 def test_configs_build_on_the_meta_device(monkeypatch):
-    from configurator import configure
     import train
+    from configurator import configure
     defaults = {name: getattr(train, name) for name in train.setting_names}
+    pretraining = dict(batch_size=12, gradient_accumulation_steps=40, max_iters=600000)
     for name, settings in dict(
-            train_gpt2=dict(batch_size=12, gradient_accumulation_steps=40, max_iters=600000, eval_interval=1000, block_size=1024),
-            train_gpt2_alibi=dict(use_alibi=True, batch_size=12, gradient_accumulation_steps=40, max_iters=600000),
-            finetune_shakespeare=dict(init_from='gpt2-xl', learning_rate=3e-5, max_iters=20, decay_lr=False, dataset='shakespeare'),
+            train_gpt2=pretraining | dict(eval_interval=1000, block_size=1024),
+            train_gpt2_alibi=pretraining | dict(use_alibi=True),
+            finetune_shakespeare=dict(init_from='gpt2-xl', learning_rate=3e-5, max_iters=20,
+                                      decay_lr=False, dataset='shakespeare'),
             eval_gpt2=dict(init_from='gpt2', eval_only=True, eval_iters=500, batch_size=8),
             eval_gpt2_xl=dict(init_from='gpt2-xl', eval_only=True)).items():
         found = configure([str(REPO / f'config/{name}.py')], defaults)
@@ -142,13 +148,14 @@ def test_unused_imports_stay_out(checkout, tmp_path):
     """A character-level run needs no transformers."""
     (tmp_path / 'transformers').mkdir()
     (tmp_path / 'transformers/__init__.py').write_text('raise ImportError("not installed")')
-    run_script(checkout, 'train.py', *arguments(**TINY | dict(max_iters=1), out_dir=tmp_path / 'out'), env={'PYTHONPATH': str(tmp_path)})
+    options = TINY | dict(max_iters=1, out_dir=tmp_path / 'out')
+    run_script(checkout, 'train.py', *arguments(**options), env={'PYTHONPATH': str(tmp_path)})
     shutil.rmtree(tmp_path / 'out')
 
 
 @pytest.mark.slow
 def test_the_full_124m_with_random_weights(tmp_path):
-    """gpt2's own size through the same code: logits, and a greedy continuation with the cache against transformers'."""
+    """The size of gpt2 through the same code: logits and a greedy continuation against transformers'."""
     peer = save_gpt2(tmp_path, std=0.0, vocab_size=50257, n_positions=1024, n_embd=768, n_layer=12, n_head=12)
     model = GPT.from_pretrained(tmp_path)
     assert model.get_num_params(non_embedding=False) == 124_439_808

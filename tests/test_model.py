@@ -262,8 +262,8 @@ def test_fixed_shapes_change_nothing(use_alibi, monkeypatch):
 
     def decode(new, cache):
         assert new.shape == (3, 1) and cache.fixed
-        for tensor in sum(cache.layers, []):
-            tensor[:, :, cache.length:] = 1e30  # must not be seen
+        for keys, values in cache.layers:
+            keys[:, :, cache.length:] = values[:, :, cache.length:] = 1e30  # must not be seen
         with monkeypatch.context() as patch:
             patch.setattr(F, 'scaled_dot_product_attention', spy)
             return model(new, cache=cache)

@@ -1,31 +1,37 @@
+import importlib.util
+
 import pytest
 import torch
 
 import runtime
-from runtime import UserError, derive_seed, resolve
+from runtime import UserError, derive_seed, set_up
 
 
 def test_auto_on_a_machine_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: False)
-    run = resolve()
+    run = set_up()
     assert (run.device.type, run.dtype, run.compile, run.world_size, run.is_master) == ('cpu', 'float32', False, 1, True)
 
 
 @pytest.mark.parametrize('has_bf16, dtype', [(True, 'bfloat16'), (False, 'float16')])
 def test_auto_with_a_gpu(monkeypatch, has_bf16, dtype):
     """What would be chosen; no GPU is needed to ask."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: name == 'triton' or find_spec(name))
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: including_emulation or has_bf16)
-    run = resolve()
+    run = set_up()
     assert (run.device.type, run.dtype, run.compile) == ('cuda', dtype, True)
-    assert not resolve(compile=False).compile and resolve(dtype='float32').dtype == 'float32'
+    assert not set_up(compile=False).compile and set_up(dtype='float32').dtype == 'float32'
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name == 'triton' else find_spec(name))
+    assert not set_up().compile and set_up(compile=True).compile
 
 
 def test_auto_on_a_mac(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
-    run = resolve()
+    run = set_up()
     assert (run.device.type, run.dtype, run.compile) == ('mps', 'float32', False)
 
 
@@ -34,18 +40,18 @@ def test_auto_on_a_mac(monkeypatch):
     (dict(compile='yes'), ["'yes'"]), (dict(device=True), ['True'])])
 def test_unknown_choices_are_named(options, words):
     with pytest.raises(UserError) as error:
-        resolve(**options)
+        set_up(**options)
     assert all(word in str(error.value) for word in words)
 
 
 def test_a_missing_gpu_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     with pytest.raises(UserError, match='device=cuda.*--device=cpu'):
-        resolve(device='cuda')
+        set_up(device='cuda')
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     with pytest.raises(UserError, match='cuda:2.*2 GPUs'):
-        resolve(device='cuda:2')
+        set_up(device='cuda:2')
 
 
 def test_seeds_differ_by_seed_purpose_and_index_and_nothing_else():

@@ -7,7 +7,7 @@ from conftest import TINY, arguments, error_line, run_script
 from test_checkpoint import make_state
 from test_model import small
 
-import checkpoint
+import rundir
 
 
 @pytest.fixture(scope='module')
@@ -24,7 +24,7 @@ def sample(checkout, out_dir, *options, **settings):
 
 
 def texts(output):
-    """The samples in what sample.py printed."""
+    """The samples that sample.py printed."""
     return output.split('\n', 1)[1].split('\n---------------\n')[:-1]
 
 
@@ -45,15 +45,17 @@ def test_streaming_prints_the_same_text(checkout, trained):
 @pytest.mark.slow
 def test_a_compiled_model_writes_the_same_text(checkout, trained):
     """Beyond its block_size too, where nothing is compiled."""
-    options = dict(compile=True, max_new_tokens=100, num_samples=3)
-    assert texts(sample(checkout, trained, **options)) == texts(sample(checkout, trained, **options | dict(compile=False)))
+    options = dict(max_new_tokens=100, num_samples=3)
+    compiled = texts(sample(checkout, trained, compile=True, **options))
+    assert compiled == texts(sample(checkout, trained, compile=False, **options))
 
 
 def test_prompts(checkout, trained, tmp_path):
     assert all(text.startswith('1+1=') for text in texts(sample(checkout, trained, '--start=1+1=')))
     assert all(text.startswith('123') for text in texts(sample(checkout, trained, '--start', '123')))
     (tmp_path / 'prompt.txt').write_text('The “assert”', encoding='utf-8')
-    assert all(text.startswith('The “assert”') for text in texts(sample(checkout, trained, f'--start=FILE:{tmp_path}/prompt.txt')))
+    from_file = texts(sample(checkout, trained, f'--start=FILE:{tmp_path}/prompt.txt'))
+    assert all(text.startswith('The “assert”') for text in from_file)
     long = 'to be or not ' * 20  # more than block_size
     assert all(text.startswith(long) for text in texts(sample(checkout, trained, '--start', long)))
 
@@ -63,7 +65,8 @@ def test_greedy_and_stop(checkout, trained):
     assert first == second
     free = texts(sample(checkout, trained, num_samples=4, max_new_tokens=300))
     for stream in (False, True):
-        stopped = texts(sample(checkout, trained, '--stop=e', num_samples=4, max_new_tokens=300, stream=stream))
+        stopped = texts(sample(checkout, trained, '--stop=e', num_samples=4, max_new_tokens=300,
+                               stream=stream))
         assert stopped == [text.partition('e')[0] for text in free]
 
 
@@ -85,22 +88,23 @@ def test_a_moved_out_dir_samples_without_its_data(checkout, trained, tmp_path):
     ('--out_dir=nowhere', ['nowhere', 'ckpt.pt']),
     ('--max_tokens=5', ['max_new_tokens']),
 ])
-def test_mistakes_are_told_in_one_line(checkout, trained, option, words):
+def test_a_mistake_gives_one_line(checkout, trained, option, words):
     line = error_line(run_script(checkout, 'sample.py', f'--out_dir={trained}', option, status=1))
     assert all(word in line for word in words), line
 
 
 def test_a_training_config_will_do(checkout, trained):
-    """As for bench.py and the others: what sample.py has no setting for is skipped, with a note."""
-    output = run_script(checkout, 'sample.py', 'config/train_shakespeare_char_cpu.py', f'--out_dir={trained}', '--num_samples=1')
+    """As for the other scripts: settings that sample.py does not have are skipped, with a note."""
+    output = run_script(checkout, 'sample.py', 'config/train_shakespeare_char_cpu.py', f'--out_dir={trained}',
+                        '--num_samples=1')
     assert 'skipping' in output and 'n_layer' in output
 
 
 def test_ids_beyond_the_tokenizers_are_not_sampled(tmp_path, monkeypatch, capsys):
-    """As with 50257 ids of GPT-2 in a model padded to 50304: here 5 of 64, by a stand-in tokenizer."""
+    """As with GPT-2's 50257 ids in a model padded to 50304: here 5 of 64, with a stand-in tokenizer."""
     import sample as script
     model = small(vocab_size=64)
-    checkpoint.save(tmp_path, make_state(model, meta=None), is_best=True)
+    rundir.save(tmp_path, make_state(model, meta=None), is_best=True)
 
     class Digits:
         n_vocab = 5
@@ -112,7 +116,8 @@ def test_ids_beyond_the_tokenizers_are_not_sampled(tmp_path, monkeypatch, capsys
             return ''.join(map(str, ids)).encode()
 
     monkeypatch.setattr('tiktoken.get_encoding', lambda name: Digits())
-    for name, value in dict(out_dir=str(tmp_path), start='123', num_samples=2, max_new_tokens=50, device='cpu').items():
+    settings = dict(out_dir=str(tmp_path), start='123', num_samples=2, max_new_tokens=50, device='cpu')
+    for name, value in settings.items():
         monkeypatch.setattr(script, name, value)
     monkeypatch.setattr(script.sys, 'stdout', io.TextIOWrapper(buffer := io.BytesIO()))
     script.generate()

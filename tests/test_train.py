@@ -7,8 +7,15 @@ import pytest
 import torch
 from conftest import REPO, TINY, arguments, error_line, read_metrics, run_script, same_weights, torchrun, weights
 
+import runtime
 import train
 from runtime import UserError
+
+
+def new_model():
+    """What a run from scratch with run_train's settings starts with."""
+    run = runtime.Runtime(torch.device('cpu'), 'float32', False)
+    return train.start_from_scratch({'vocab_size': 103}, run)[0]
 
 
 # the schedule
@@ -52,7 +59,7 @@ def test_the_logged_loss_is_the_mean_over_micro_batches(run_train):
     out_dir = run_train(gradient_accumulation_steps=4, max_iters=1, dropout=0.0)
     from dataset import draw_batch, load_split
     from runtime import TRAIN_BATCH, derive_seed
-    model = train.new_model(103)
+    model = new_model()
     data = load_split('data/pydocs_char', 'train', 32)
     losses = [model(*draw_batch(data, 4, 32, 103, derive_seed(train.seed, TRAIN_BATCH, k)))[1].item() for k in range(4)]
     assert read_metrics(out_dir)[1]['loss'] == pytest.approx(sum(losses) / 4, abs=1e-6)
@@ -109,7 +116,7 @@ def test_resume_prints_what_differs_and_takes_the_sizes_from_the_checkpoint(run_
     capsys.readouterr()
     run_train(init_from='resume', max_iters=12, n_layer=5, learning_rate=5e-3, block_size=16)
     output = capsys.readouterr().out
-    assert 'n_layer: 2 in the checkpoint, 5 now: the checkpoint' in output
+    assert "n_layer: 2 in the checkpoint, 5 now: the checkpoint's is used" in output
     assert 'learning_rate: 0.01 in the checkpoint, 0.005 now\n' in output
     state = torch.load(out_dir / 'last.pt', weights_only=True)
     assert state['model_args']['n_layer'] == 2 and state['iter_num'] == 12
