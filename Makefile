@@ -1,5 +1,5 @@
 # make quickstart   from nothing to samples: environment, data, a trained baby GPT, its text
-# make test         the tests (four to six minutes on two cores)
+# make test         the linter and the tests (four to six minutes on two cores)
 # make test-slow    the slow ones (as long again)
 
 PYTHON ?= python3
@@ -21,6 +21,7 @@ quickstart: .venv/installed
 	echo "checkpoint: $$out/ckpt.pt   loss curve: $$out/loss.png   more text: $(PY) sample.py --out_dir=$$out"
 
 test: .venv/installed
+	$(PY) -m ruff check
 	$(PY) -m pytest -m "not slow"
 
 test-slow: .venv/installed

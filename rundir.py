@@ -2,13 +2,15 @@
 
     last.pt         the newest state, to resume from
     ckpt.pt         the best state, or the newest, to sample from; a hard link where it is the same as last.pt
+    iter-000500.pt  older states, with keep_checkpoints
     metrics.jsonl   a line for each log and evaluation
     loss.png        the curves of metrics.jsonl
-    previous/       what an earlier run left here
+    previous/       what an earlier run left here; previous-2/, ... where there was one already
 """
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,25 +55,38 @@ def lock(out_dir) -> Iterator[None]:
         yield
 
 
-def set_aside(out_dir) -> None:
-    """Move what an earlier run left in out_dir to out_dir/previous/, over what was there.
+def set_aside(out_dir) -> Path | None:
+    """Move what an earlier run left in out_dir to a new folder in it, previous/, previous-2/, ...; return it.
 
-    Traces of a run that never saved a checkpoint are removed, so that they push nothing out of previous/.
+    Traces of a run that never saved a checkpoint are removed instead.
     """
     out_dir = Path(out_dir)
-    files = [out_dir / name for name in ('last.pt', 'ckpt.pt', 'metrics.jsonl', 'loss.png')]
-    previous = out_dir / 'previous'
-    worth_keeping = files[0].exists() or files[1].exists()
-    if worth_keeping:
-        shutil.rmtree(previous, ignore_errors=True)
-        previous.mkdir()
-    for file in files:
-        if not file.exists():
-            continue
-        if worth_keeping:
-            os.replace(file, previous / file.name)
-        else:
-            file.unlink()
+    states = [out_dir / name for name in RESUME if (out_dir / name).exists()] + kept_states(out_dir)
+    others = [out_dir / name for name in ('metrics.jsonl', 'loss.png') if os.path.lexists(out_dir / name)]
+    if not states:
+        for path in others:
+            if not path.is_dir():
+                path.unlink()
+        return None
+    previous = unused_name(out_dir, 'previous')
+    previous.mkdir()
+    for path in states + others:
+        os.replace(path, previous / path.name)
+    return previous
+
+
+def unused_name(folder: Path, name: str) -> Path:
+    """folder/name, or with -2, -3, ... behind it the first that is not there yet, as a link or otherwise."""
+    path, number = folder / name, 1
+    while os.path.lexists(path):
+        number += 1
+        path = folder / f'{name}-{number}'
+    return path
+
+
+def has_state(out_dir) -> bool:
+    """Whether there is something in out_dir to resume from."""
+    return any((Path(out_dir) / name).exists() for name in RESUME)
 
 
 def find(out_dir, names) -> Path:
@@ -85,12 +100,25 @@ def find(out_dir, names) -> Path:
 # ---------------------------------------------------------------------------------------------------------
 # checkpoints
 
-def save(out_dir, state: dict, is_best: bool) -> None:
-    """Write the state to out_dir/last.pt, and if it is the best also to ckpt.pt."""
-    last, best = Path(out_dir) / 'last.pt', Path(out_dir) / 'ckpt.pt'
-    checkpoint.save(last, state)
+def save(out_dir, state: dict, is_best: bool, keep: int = 0) -> None:
+    """Write the state to out_dir/last.pt, and if it is the best also to ckpt.pt.
+
+    keep: how many of the newest states that were saved with keep > 0 are kept as iter-N.pt.
+    """
+    out_dir = Path(out_dir)
+    checkpoint.save(out_dir / 'last.pt', state)
     if is_best:
-        link_or_copy(last, best)
+        link_or_copy(out_dir / 'last.pt', out_dir / 'ckpt.pt')
+    if keep > 0:
+        link_or_copy(out_dir / 'last.pt', out_dir / f"iter-{state['iter_num']:06d}.pt")
+        for path in kept_states(out_dir)[:-keep]:
+            path.unlink()
+
+
+def kept_states(out_dir) -> list[Path]:
+    """The files iter-N.pt in out_dir, in the order in which they were written."""
+    files = [path for path in Path(out_dir).glob('iter-*.pt') if re.fullmatch(r'iter-\d{6,}\.pt', path.name)]
+    return sorted(files, key=lambda path: path.stat().st_mtime_ns)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -104,9 +132,9 @@ def link_or_copy(source: Path, target: Path) -> None:
     os.replace(temporary, target)
 
 
-def load_for_resume(out_dir) -> tuple[dict, Path]:
-    """The state to resume from, out_dir's last.pt, else ckpt.pt, and its file. Raises UserError."""
-    path = find(out_dir, RESUME)
+def load_for_resume(out_dir, file=None) -> tuple[dict, Path]:
+    """The state to resume from and its file: the given one, else last.pt, else ckpt.pt. Raises UserError."""
+    path = Path(file) if file else find(out_dir, RESUME)
     try:
         state = checkpoint.load(path)
         checkpoint.check_resumable(state, path)
@@ -143,28 +171,53 @@ def append_metrics(out_dir, record: dict) -> None:
         file.write(json.dumps(record) + '\n')
 
 
-def read_metrics(out_dir) -> list[dict]:
-    """The records in out_dir/metrics.jsonl, without a last line that a crash cut off."""
+def parse_metrics(out_dir) -> tuple[list[dict], int]:
+    """The records in out_dir/metrics.jsonl, and how many other lines there are but for a last one cut off."""
     path = Path(out_dir) / 'metrics.jsonl'
-    lines = path.read_text(encoding='utf-8').splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith('}\n')]
+    records, n_bad = [], 0
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    for line in lines:
+        if not line.endswith(b'\n'):                                # by a crash
+            continue
+        try:
+            record = json.loads(line)
+            if type(record['iter']) is not int:
+                raise TypeError
+            records.append(record)
+        except (ValueError, TypeError, KeyError):
+            n_bad += 1
+    return records, n_bad
+
+
+def read_metrics(out_dir) -> list[dict]:
+    """The records in out_dir/metrics.jsonl."""
+    return parse_metrics(out_dir)[0]
 
 
 def drop_metrics(out_dir, iter_num: int, evaluates: bool) -> None:
-    """Drop the records that a run resumed at iter_num writes again; evaluates: its evaluation there too."""
-    kept = [record for record in read_metrics(out_dir) if record['iter'] < iter_num
+    """Drop the records that a run resumed at iter_num writes again; evaluates: its evaluation there too.
+
+    A file with lines that are no records is moved aside, and its records go into a new one.
+    """
+    path = Path(out_dir) / 'metrics.jsonl'
+    try:
+        records, n_bad = parse_metrics(out_dir)
+    except OSError:                                                 # a folder of that name, for example
+        records, n_bad = [], 1
+    if n_bad:
+        aside = unused_name(path.parent, 'metrics.jsonl.bad')
+        os.replace(path, aside)
+        print(f"{path} holds more than records of a run: it is now {aside}, and {len(records)} records of it "
+              "are kept")
+    kept = [record for record in records if record['iter'] < iter_num
             or (record['iter'] == iter_num and 'val_loss' in record and not evaluates)]
-    with atomic_write(Path(out_dir) / 'metrics.jsonl', 'w', encoding='utf-8') as file:
+    with atomic_write(path, 'w', encoding='utf-8') as file:
         file.writelines(json.dumps(record) + '\n' for record in kept)
 
 
 def plot_losses(out_dir) -> None:
-    """Draw the curves of metrics.jsonl as out_dir/loss.png. Without matplotlib: just a note."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print(f"no {out_dir}/loss.png: matplotlib is not installed")
-        return
+    """Draw the curves of metrics.jsonl as out_dir/loss.png."""
+    from matplotlib.figure import Figure  # only here: it is slow to import
     records = read_metrics(out_dir)
     figure = Figure(figsize=(8, 5), layout='constrained')
     axes = figure.subplots()
@@ -173,7 +226,8 @@ def plot_losses(out_dir) -> None:
     for key, (label, style) in curves.items():
         points = [(record['iter'], record[key]) for record in records if key in record]
         axes.plot([x for x, _ in points], [y for _, y in points], label=label, **style)
-    axes.set(xlabel='iteration', ylabel='loss (nats per token)', title=str(out_dir))
+    axes.set(xlabel='iteration', ylabel='loss (nats per token)')
+    axes.set_title(str(out_dir), parse_math=False)                  # a $ in a path means nothing
     axes.grid(alpha=0.3)
     axes.legend(loc='upper right')
     with atomic_write(Path(out_dir) / 'loss.png') as file:

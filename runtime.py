@@ -1,6 +1,7 @@
 """Where a script runs: device, precision, seeds, signals and the processes of a torchrun."""
 import errno
 import importlib.util
+import inspect
 import math
 import os
 import platform
@@ -8,13 +9,17 @@ import re
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
 
 # what a random draw is for: each purpose has draws 0, 1, 2, ... of its own
 INIT, TRAIN_BATCH, DROPOUT, EVAL_TRAIN, EVAL_VAL, SAMPLE = range(6)
@@ -34,17 +39,44 @@ class UserError(Exception):
     """A mistake of the user's: one line that says what is wrong and how to fix it."""
 
 
+# what the file system may say that is no bug of ours, and what to do about it
+FULL_DISK = "make room; what was saved before is unharmed"
+NO_ACCESS = "choose a folder that can be written to"
+FILE_ERRORS = {errno.ENOSPC: FULL_DISK, errno.EDQUOT: FULL_DISK, errno.EFBIG: FULL_DISK,
+               errno.EROFS: NO_ACCESS, errno.EACCES: NO_ACCESS, errno.EPERM: NO_ACCESS,
+               errno.ENAMETOOLONG: "choose a shorter name"}
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Around a script's work: a UserError or a full disk ends it with one line and exit status 1."""
+    """Around a script's work: what is no bug of the script's ends it with one line and exit status 1.
+
+    That is a UserError, a file system that refuses a file, Ctrl-C, or output that nobody reads any more.
+    Anything else keeps its traceback. Also makes stdout and stderr take any character.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.reconfigure(errors='backslashreplace')
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:           # which the script sets for its imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted")
+    except BrokenPipeError:                                         # as with `python sample.py | head`
+        discard_output()
+        sys.exit(1)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in FILE_ERRORS:
             raise
-        sys.exit(f"error: {error}: make room; what was saved before is unharmed")
+        sys.exit(f"error: {error}: {FILE_ERRORS[error.errno]}")
+
+
+def discard_output() -> None:
+    """Send what is still printed to nowhere, where nobody reads it any more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def check_ranges(settings: dict, ranges: dict) -> None:
@@ -59,11 +91,13 @@ def check_ranges(settings: dict, ranges: dict) -> None:
 # signals
 
 class StopSignals:
-    """In this context SIGTERM and SIGINT set `received`, so that the run can stop where it can resume.
+    """In this context a signal to stop sets `received`, so that the run can stop where it can resume.
 
-    A second signal ends the process at once, but not within a second of the first: torchrun passes on to its
-    processes what the terminal has sent them already.
+    The signals are SIGTERM, SIGINT (Ctrl-C), SIGHUP (the terminal was closed) and SIGUSR1 (a cluster's
+    warning), apart from those that the process was started to ignore, as nohup does. A second one ends the
+    process at once, but not within a second of the first: torchrun passes on what the terminal has sent.
     """
+    NAMES = ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1')  # Windows lacks the last two
 
     def __init__(self):
         self.received = False
@@ -71,8 +105,10 @@ class StopSignals:
         self.previous = {}    # who had the signals before
 
     def __enter__(self):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self.previous[number] = signal.signal(number, self.handle)
+        for name in self.NAMES:
+            number = getattr(signal, name, None)
+            if number and signal.getsignal(number) != signal.SIG_IGN:
+                self.previous[number] = signal.signal(number, self.handle)
         return self
 
     def __exit__(self, *exception):
@@ -83,7 +119,10 @@ class StopSignals:
         if not self.received:
             self.received, self.first = True, time.monotonic()
             name = signal.Signals(number).name
-            os.write(2, f"\n{name}: stopping before the next update; again: at once\n".encode())
+            try:
+                os.write(2, f"\n{name}: stopping before the next update; again: at once\n".encode())
+            except OSError:                                         # the terminal has gone
+                pass
         elif time.monotonic() - self.first > 1:
             os._exit(128 + number)
 
@@ -104,9 +143,14 @@ class Runtime(NamedTuple):
         return self.rank == 0
 
     def print(self, *text) -> None:
-        """Print in one of the processes."""
-        if self.is_master:
+        """Print in one of the processes. Where nobody reads it any more, nothing is printed from then on."""
+        if not self.is_master:
+            return
+        try:
             print(*text, flush=True)
+        except OSError as error:                                    # a closed pipe, a full disk, no terminal
+            discard_output()
+            warnings.warn(f"stdout: {error}: the run goes on without it")
 
     def autocast(self) -> AbstractContextManager:
         """The context of a forward pass."""
@@ -147,6 +191,15 @@ class Runtime(NamedTuple):
         if self.world_size == 1:
             return flag
         return self.all_reduce_sum(torch.tensor(float(flag))).item() > 0
+
+    def distribute(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The model, in DistributedDataParallel if there are several processes. It broadcasts no buffers."""
+        if self.world_size == 1:
+            return model
+        switch = 'forward_sync_buffers'                             # broadcast_buffers before PyTorch 2.13
+        if switch not in inspect.signature(DistributedDataParallel).parameters:
+            switch = 'broadcast_buffers'
+        return DistributedDataParallel(model, **{switch: False})
 
     def wait(self) -> None:
         """Wait until the device has done all that it was given."""
@@ -220,11 +273,16 @@ def choose_device(device: str) -> torch.device:
 
 
 @contextmanager
-def processes(device='auto', dtype='auto', compile='auto', backend='auto') -> Iterator[Runtime]:
-    """set_up(), and if torchrun started this process, the company of the others while the context lasts."""
+def processes(device='auto', dtype='auto', compile='auto', backend='auto', timeout=1800) -> Iterator[Runtime]:
+    """set_up(), and if torchrun started this process, the company of the others while the context lasts.
+
+    timeout: seconds that a process waits for the others. Raises UserError where they don't come together, and
+    when one of them is lost.
+    """
     if 'RANK' not in os.environ:
         yield set_up(device, dtype, compile)
         return
+    check_torchrun()
     kind = choose_device(str(device)).type
     if kind == 'mps':
         raise UserError("several processes need CUDA or the CPU: use --device=cpu, or start without torchrun")
@@ -233,16 +291,60 @@ def processes(device='auto', dtype='auto', compile='auto', backend='auto') -> It
     run = set_up(device, dtype, compile)
     if backend == 'auto':
         backend = 'nccl' if kind == 'cuda' else 'gloo'
-    if not dist.is_backend_available(backend):
-        raise UserError(f"backend must be auto, nccl or gloo, as far as this PyTorch has it, got {backend!r}")
-    if kind == 'cuda':
-        dist.init_process_group(f'cpu:gloo,cuda:{backend}', device_id=run.device)
-    else:
-        dist.init_process_group(backend)
+    if backend not in ('nccl', 'gloo') or not dist.is_backend_available(backend):
+        raise UserError(f"backend must be auto, nccl or gloo, as PyTorch has it here, got {backend!r}")
+    options = {'backend': backend, 'timeout': timedelta(seconds=timeout)}
+    if kind == 'cuda':                                              # gloo for what is agreed on the CPU
+        options |= {'backend': f'cpu:gloo,cuda:{backend}', 'device_id': run.device}
+    try:
+        dist.init_process_group(**options, **own_store(options['timeout']))
+    except (ValueError, RuntimeError) as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(f"the processes can't come together at {address}: {first_sentence(error)}") from error
     try:
         yield run._replace(rank=dist.get_rank(), world_size=dist.get_world_size())
+    except RuntimeError as error:
+        text = str(error).lower()
+        if 'timed out' in text or 'timeout' in text:
+            raise UserError(f"a process has not answered for timeout={timeout} seconds: "
+                            f"{first_sentence(error)}") from error
+        if 'connection' in text:
+            raise UserError(f"another process has gone: {first_sentence(error)}") from error
+        raise
     finally:
         dist.destroy_process_group()
+
+
+def own_store(timeout: timedelta) -> dict:
+    """Arguments of init_process_group for processes that a single torchrun restarts; else none.
+
+    PyTorch 2.13 keeps the addresses of processes that have gone in the store where the new ones look for each
+    other; a prefix for each restart hides them. Several torchruns may count their restarts differently: for
+    them TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each restart a store of its own.
+    """
+    if os.environ.get('GROUP_WORLD_SIZE') != '1':
+        return {}
+    store, rank, world_size = next(rendezvous('env://', timeout=timeout))
+    prefix = f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    return {'store': dist.PrefixStore(prefix, store), 'rank': rank, 'world_size': world_size}
+
+
+def check_torchrun() -> None:
+    """Raise UserError unless the environment is as torchrun makes it."""
+    missing = [name for name in ('WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
+               if name not in os.environ]
+    if missing:
+        raise UserError(f"RANK is set, but not {', '.join(missing)}: start several processes with torchrun, "
+                        "or unset RANK for one")
+    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_PORT'):
+        if not os.environ[name].isdigit():
+            raise UserError(f"the environment variable {name} must be a number, got {os.environ[name]!r}")
+
+
+def first_sentence(error: Exception) -> str:
+    """What an error of PyTorch's says, without the place in C++ before it and the advice behind it."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return re.sub(r'^\[[^]]*\] ', '', lines[0]).split('. ')[0]
 
 
 def compile_decoding(model: torch.nn.Module):

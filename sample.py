@@ -3,7 +3,7 @@
     python sample.py --out_dir=out-shakespeare-char
     python sample.py --out_dir=out-shakespeare-char --start="To be" --num_samples=1 --stream=True
     python sample.py --out_dir=out-shakespeare-char --start=FILE:prompt.txt --temperature=0
-    python sample.py --init_from=gpt2-xl --start="What is the answer to life?" --num_samples=5 --max_new_tokens=100
+    python sample.py --init_from=gpt2-xl --start="The answer is" --num_samples=5 --max_new_tokens=100
 
 Reads out_dir/ckpt.pt, else last.pt. A sample depends on the seed and its number, not on how many there are.
 """

@@ -3,6 +3,7 @@
     python train.py config/train_shakespeare_char.py                      one GPU, or what there is
     python train.py config/train_shakespeare_char_cpu.py --max_iters=500  any setting can be overridden
     python train.py config/train_shakespeare_char.py --init_from=resume   resume the run in out_dir
+    python train.py config/train_shakespeare_char.py --init_from=auto     the same if there is one, else start
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
     torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=IP --master_port=1234 train.py
     (and the same with --node_rank=1 on the second machine)
@@ -18,12 +19,11 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import rundir
 import runtime
-from dataset import draw_batch, load_meta, load_split
+from dataset import draw_batch, identity, load_meta, load_split
 from model import GPT, GPTConfig
 from runtime import UserError, derive_seed
 
@@ -36,7 +36,11 @@ log_interval = 1               # print the loss every so many iterations
 eval_iters = 200               # batches of each split in an evaluation
 eval_only = False              # evaluate once, then stop
 always_save_checkpoint = True  # ckpt.pt at every evaluation, not just when the val loss improved
-init_from = 'scratch'          # scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a GPT-2's folder
+save_interval = 0              # save last.pt every so many iterations as well; 0: at evaluations only
+keep_checkpoints = 0           # keep the states of so many of the newest evaluations, as iter-000500.pt
+init_from = 'scratch'          # scratch, resume, auto (resume if there is a run, else scratch), gpt2,
+                               # gpt2-medium, gpt2-large, gpt2-xl, a GPT-2's folder, or out_dir's iter-N.pt
+allow_new_data = False         # resume though the data set has changed
 # wandb
 wandb_log = False              # log to Weights & Biases as well
 wandb_project = 'owt'          # under this project
@@ -68,6 +72,7 @@ min_lr = 6e-5                  # about learning_rate / 10, as in Chinchilla
 # system
 seed = 1337                    # initial weights, batches and dropout follow from it
 backend = 'auto'               # of torch.distributed: nccl or gloo
+timeout = 1800                 # seconds that a process waits for the others before the run ends
 device = 'auto'                # cpu, cuda, cuda:1, mps
 dtype = 'auto'                 # float32, bfloat16, or float16 with a gradient scaler
 compile = 'auto'               # torch.compile the model: True or False
@@ -83,7 +88,8 @@ RANGES = {                     # of settings: the lowest value, and what the val
     'gradient_accumulation_steps': (1, math.inf), 'batch_size': (1, math.inf), 'dropout': (0, 1),
     'learning_rate': (0, math.inf), 'min_lr': (0, math.inf), 'max_iters': (0, math.inf),
     'warmup_iters': (0, math.inf), 'weight_decay': (0, math.inf), 'beta1': (0, 1), 'beta2': (0, 1),
-    'grad_clip': (0, math.inf), 'seed': (0, math.inf)}
+    'grad_clip': (0, math.inf), 'seed': (0, math.inf), 'save_interval': (0, math.inf),
+    'keep_checkpoints': (0, math.inf), 'timeout': (1, 1e6)}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -95,11 +101,16 @@ def check_settings(world_size):
     if gradient_accumulation_steps % world_size:
         raise UserError(f"gradient_accumulation_steps={gradient_accumulation_steps} can't be shared by "
                         f"{world_size} processes: make it a multiple of {world_size}")
-    if init_from in ('scratch', 'resume'):
+    if init_from in ('scratch', 'resume', 'auto'):
+        return
+    if is_checkpoint_file(init_from):
+        if Path(init_from).resolve().parent != Path(out_dir).resolve():
+            raise UserError(f"init_from={init_from} is not in out_dir={out_dir}: a run can go back only to a "
+                            "state of its own")
         return
     if not init_from.startswith('gpt2') and not Path(init_from).is_dir():
-        raise UserError("init_from must be scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl "
-                        f"or a folder, got {init_from!r}")
+        raise UserError("init_from must be scratch, resume, auto, gpt2, gpt2-medium, gpt2-large, gpt2-xl, "
+                        f"a folder or a checkpoint, got {init_from!r}")
     if use_alibi:
         raise UserError("use_alibi=True can't start from GPT-2's weights: they were trained with position "
                         "embeddings")
@@ -122,6 +133,31 @@ def rate(iter_num):
 
 # where a run starts: each returns a model and the state to resume from, {} for a new run
 
+def is_checkpoint_file(name):
+    """Whether init_from names a state of the run to go back to."""
+    return name.endswith('.pt') and Path(name).is_file()
+
+
+def choose_start(run):
+    """The function that makes the start of this run."""
+    if init_from == 'resume' or is_checkpoint_file(init_from):
+        return resume
+    # a run that torchrun restarts after a crash resumes what it has saved, not what an earlier run has left
+    restarted = run.any_process(int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0)
+    if init_from == 'auto' or restarted:
+        resumable = run.is_master and rundir.has_state(out_dir)
+        if resumable and init_from != 'auto':
+            resumable = rundir.load_for_resume(out_dir)[0].get('launch') == launch_id()
+        if run.any_process(resumable):                              # all do what the first says
+            return resume
+    return start_from_scratch if init_from in ('scratch', 'auto') else start_from_pretrained
+
+
+def launch_id():
+    """What is the same in all restarts of one torchrun."""
+    return os.environ.get('TORCHELASTIC_RUN_ID', '')
+
+
 def start_from_scratch(meta, run):
     """A GPT with the settings' sizes, and weights drawn from the seed."""
     vocab_size = meta['vocab_size'] if meta else 50304  # GPT-2's 50257, padded for speed
@@ -134,7 +170,7 @@ def start_from_scratch(meta, run):
 
 def resume(meta, run):
     """The model and state in out_dir."""
-    state, path = rundir.load_for_resume(out_dir)
+    state, path = rundir.load_for_resume(out_dir, init_from if is_checkpoint_file(init_from) else None)
     iter_num = state['iter_num']
     checkpoint.check_vocabulary(state, meta, dataset)
     if iter_num > max_iters and not eval_only:
@@ -172,6 +208,15 @@ def make_optimizer(model, saved, T, run):
     if T < model.config.block_size:
         checkpoint.crop_block_size(model, optimizer, T)
     return optimizer, scaler
+
+
+def check_data(saved, data):
+    """Raise UserError if the data set is not that of the checkpoint, unless the settings allow it."""
+    before = saved.get('data', data)                                # nanoGPT's files don't say
+    changed = [split for split in data if data[split] != before.get(split)]
+    if changed and not allow_new_data:
+        raise UserError(f"data/{dataset} has changed since the checkpoint ({', '.join(changed)}): resume "
+                        "with the old data, or on the new data with --allow_new_data=True")
 
 
 # what is said of a run
@@ -226,51 +271,60 @@ def check_update(iter_num, loss, norm, last_saved, dtype):
 
 
 @contextmanager
-def open_output(run, writes, config, wandb_id, iter_num):
-    """Enter out_dir and wandb's run. Gives a function that prints, stores and sends a record."""
+def open_output(run, writes, config, wandb_id, iter_num, resumed):
+    """Enter out_dir and wandb's run. Gives a function that prints, stores, sends and draws a record."""
     with ExitStack() as stack:
         if writes:
             stack.enter_context(rundir.lock(out_dir))
-            if init_from == 'resume':
+            if resumed:
                 rundir.drop_metrics(out_dir, iter_num, evaluates=is_evaluated(iter_num))
             else:
-                rundir.set_aside(out_dir)
-        log_wandb = None
+                previous = rundir.set_aside(out_dir)
+                if previous:
+                    run.print(f"moved the earlier run in {out_dir} to {previous}")
+        send = None
         if wandb_log and run.is_master:
-            log_wandb = stack.enter_context(wandb_run(config, wandb_id))
+            send = stack.enter_context(wandb_run(run, config, wandb_id))
+        store = unless_it_fails(rundir.append_metrics, 'metrics.jsonl', run)
+        draw = unless_it_fails(rundir.plot_losses, 'loss.png', run)
 
         def log(record):
             run.print(log_line(record))
-            if log_wandb:
-                log_wandb(record)
+            if send:
+                send(record)
             if writes:
-                rundir.append_metrics(out_dir, record)
+                store(out_dir, record)
+            if writes and 'val_loss' in record:
+                draw(out_dir)
         yield log
 
 
-@contextmanager
-def wandb_run(config, run_id):
-    """A function that logs a record to wandb's run of that id, new or resumed.
-
-    Where wandb fails, the run says so and goes on without it: a missing package, a key, the network or wandb
-    itself must not end a run.
-    """
+def unless_it_fails(action, name, run):
+    """The action, until it raises anything: then it is off. What only watches a run must not end it."""
     works = True
 
-    def attempt(action, *args, **options):
+    def attempt(*args, **options):
         nonlocal works
-        if not works:
-            return
         try:
-            import wandb  # only here: it is slow to import
-            if action == 'init' and os.environ.get('WANDB_MODE', 'online') == 'online':
-                if not wandb.login(prompt=False):                   # init would ask for a key and wait
-                    raise RuntimeError("there is no key: run wandb login")
-            getattr(wandb, action)(*args, **options)
-        except Exception as error:
+            if works:
+                action(*args, **options)
+        except BaseException as error:                              # wandb may raise even SystemExit
             works = False
-            print(f"wandb is off for this run: {error} (WANDB_MODE=offline logs to local files)")
+            run.print(f"{name} is off for this run: {' '.join(str(error).split()) or type(error).__name__}")
+    return attempt
 
+
+@contextmanager
+def wandb_run(run, config, run_id):
+    """A function that logs a record to wandb's run of that id, new or resumed. If wandb fails, it is off."""
+    def call(action, *args, **options):
+        import wandb  # only here: it is slow to import
+        if action == 'init' and os.environ.get('WANDB_MODE', 'online') == 'online':
+            if not wandb.login(prompt=False):                       # init would ask for a key and wait
+                raise RuntimeError("there is no key: run wandb login, or set WANDB_MODE=offline")
+        getattr(wandb, action)(*args, **options)
+
+    attempt = unless_it_fails(call, 'wandb', run)
     names = {'train_loss': 'train/loss', 'val_loss': 'val/loss', 'loss': 'train/batch_loss'}
     attempt('init', project=wandb_project, name=wandb_run_name, config=config, id=run_id, resume='allow')
     try:
@@ -342,22 +396,24 @@ def update(model, params, optimizer, scaler, run, get_batch, n_batches, grad_cli
 def train():
     """Train as the settings say."""
     with ExitStack() as stack:                                      # what is entered is undone, come what may
-        run = stack.enter_context(runtime.processes(device, dtype, compile, backend))
+        run = stack.enter_context(runtime.processes(device, dtype, compile, backend, timeout))
         run.print(run)
         check_settings(run.world_size)
 
         # model, optimizer and data
         folder = Path('data') / dataset
         meta = load_meta(folder)
-        start = {'scratch': start_from_scratch, 'resume': resume}.get(init_from, start_from_pretrained)
+        start = choose_start(run)
         raw_model, saved = start(meta, run)
         T = min(block_size, raw_model.config.block_size)
         splits = {split: load_split(folder, split, T) for split in ('train', 'val')}
+        data = {split: identity(tokens) for split, tokens in splits.items()}
+        check_data(saved, data)
         raw_model.train().to(run.device)
         optimizer, scaler = make_optimizer(raw_model, saved, T, run)
         params = list(raw_model.parameters())
         model = torch.compile(raw_model) if run.compile else raw_model  # evaluated as it is
-        ddp_model = DistributedDataParallel(model, broadcast_buffers=False) if run.world_size > 1 else model
+        ddp_model = run.distribute(model)
         n_batches = gradient_accumulation_steps // run.world_size   # of an update, in each process
         print_sizes(run, raw_model, splits, T)
 
@@ -371,17 +427,18 @@ def train():
         del saved                                                   # and its memory
 
         # what it does again and again
+        signals = stack.enter_context(runtime.StopSignals())
         writes = run.is_master and not eval_only
-        log = stack.enter_context(open_output(run, writes, config, wandb_id, iter_num))
+        log = stack.enter_context(open_output(run, writes, config, wandb_id, iter_num, start is resume))
 
-        def save(is_best):
+        def save(is_best=False, keep=0):
             nonlocal last_saved
             if writes:
                 rundir.save(out_dir, dict(
                     model=raw_model.state_dict(), optimizer=optimizer.state_dict(), iter_num=iter_num,
                     scaler=scaler.state_dict() if run.dtype == 'float16' else {}, best_val_loss=best_val_loss,
-                    model_args=checkpoint.model_args(raw_model.config), config=config, meta=meta,
-                    wandb_id=wandb_id), is_best)
+                    model_args=checkpoint.model_args(raw_model.config), config=config, meta=meta, data=data,
+                    wandb_id=wandb_id, launch=launch_id()), is_best, keep)
             last_saved = iter_num
             run.print(f"saved {out_dir}/last.pt" + (" and ckpt.pt" if is_best else ''))
 
@@ -399,7 +456,16 @@ def train():
         def stop_requested():
             return run.any_process(signals.received)
 
-        signals = stack.enter_context(runtime.StopSignals())
+        def before_step(loss):
+            # the loss vouches for the weights, so this is where they can be saved or the run can stop
+            if stop_requested():
+                return False
+            if save_interval and iter_num % save_interval == 0 and iter_num not in (0, last_saved):
+                check_finite(f"iteration {iter_num}", {'loss': run.mean(loss)}, last_saved,
+                             "It was not saved. ")
+                save()
+            return True
+
         peak_flops = runtime.peak_flops(run)
         seconds = []                                                # of each iteration since the last log
         is_first, stopping = True, False                            # the first iteration compiles
@@ -419,16 +485,14 @@ def train():
                     best_val_loss = min(losses['val_loss'], best_val_loss)
                     log({'iter': iter_num, **losses, 'lr': lr})
                     if iter_num > 0 and not eval_only:
-                        save(is_best or always_save_checkpoint)
-                    if writes:
-                        rundir.plot_losses(out_dir)
+                        save(is_best or always_save_checkpoint, keep_checkpoints)
             if eval_only or (iter_num >= max_iters and not stopping):
                 break
 
             # the update
             start_time = time.perf_counter()
             loss, norm = update(ddp_model, params, optimizer, scaler, run, get_micro_batch, n_batches,
-                                grad_clip, before_step=lambda loss: not stop_requested())
+                                grad_clip, before_step)
             stopping = norm is None
             if stopping:
                 break
@@ -458,7 +522,7 @@ def train():
             # the loss of the update that was not made vouches for the weights
             check_finite(f"interrupted at iteration {iter_num}", {'loss': run.mean(loss)}, last_saved,
                          "It was not saved. ")
-            save(is_best=False)
+            save()
             run.print(f"interrupted at iteration {iter_num}. To go on: the same with --init_from=resume")
         elif stopping:
             run.print(f"interrupted at iteration {iter_num}: nothing to save")

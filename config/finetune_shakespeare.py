@@ -1,9 +1,9 @@
-"""Finetune GPT-2 XL on Shakespeare, in GPT-2's BPE: for a GPU with memory for it (or --init_from=gpt2).
+"""Finetune GPT-2 XL on Shakespeare in GPT-2's BPE: for a GPU with enough memory (or --init_from=gpt2).
 
     python data/shakespeare/prepare.py
     python train.py config/finetune_shakespeare.py
 
-Measured: not run here, for want of the weights.
+Measured: not run here (no weights).
 """
 import time
 
@@ -19,7 +19,8 @@ init_from = 'gpt2-xl'           # the largest
 
 always_save_checkpoint = False  # only when the val loss improves
 
-# 1 sequence x 32 micro-batches x 1024 tokens = 32,768 tokens an iteration; the set has 301,966: 20 iterations are two epochs
+# 1 sequence x 32 micro-batches x 1024 tokens = 32,768 tokens per iteration; the data set has 301,966 tokens,
+# so 20 iterations are about two epochs
 batch_size = 1
 gradient_accumulation_steps = 32
 max_iters = 20

@@ -9,7 +9,7 @@ wandb_log = True
 wandb_project = 'owt'
 wandb_run_name = 'gpt2-124M'
 
-# 12 sequences of 1024 tokens, 5 times on each of 8 GPUs: 491,520 tokens an iteration
+# 12 sequences of 1024 tokens, 5 times on each of 8 GPUs: 491,520 tokens per iteration
 batch_size = 12
 block_size = 1024
 gradient_accumulation_steps = 5 * 8

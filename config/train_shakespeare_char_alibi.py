@@ -4,7 +4,7 @@
     python train.py config/train_shakespeare_char_alibi.py
     python sample_alibi_extrapolation.py out-shakespeare-char-alibi
 
-Measured: not run here, for want of a GPU.
+Measured: not run here (no GPU).
 """
 from pathlib import Path
 

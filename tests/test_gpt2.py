@@ -139,8 +139,9 @@ def test_configs_build_on_the_meta_device(monkeypatch):
         found = configure([str(REPO / f'config/{name}.py')], defaults)
         assert {key: found[key] for key in settings} == settings
         with torch.device('meta'):
-            model = GPT(GPTConfig(found['block_size'], 50304, found['n_layer'], found['n_head'], found['n_embd'],
-                                  found['dropout'], found['bias'], found['use_alibi']))
+            model = GPT(GPTConfig(
+                found['block_size'], 50304, found['n_layer'], found['n_head'], found['n_embd'],
+                found['dropout'], found['bias'], found['use_alibi']))
         assert 120e6 < model.get_num_params() < 130e6
 
 

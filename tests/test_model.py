@@ -1,3 +1,4 @@
+"""The model: against a naive one, in training, under torch.compile, and as it generates."""
 import math
 
 import naive
@@ -12,7 +13,7 @@ SMALL = dict(block_size=16, vocab_size=23, n_layer=2, n_head=3, n_embd=24)
 
 
 def small(seed=0, std=0.2, **options):
-    """A small model in eval mode; std: weights drawn larger than for training, so that every part matters."""
+    """A small model in eval mode. std is added to the weights' own, so that every part of it matters."""
     torch.manual_seed(seed)
     model = GPT(GPTConfig(**SMALL | options)).eval()
     with torch.no_grad():
@@ -26,7 +27,9 @@ def random_ids(B, T, vocab_size=SMALL['vocab_size'], seed=1):
 
 
 def all_logits(model, idx):
-    return model(idx, targets=idx)[0]
+    """The logits at all positions of idx, (B, T, vocab_size); without targets only the last are computed."""
+    logits, _ = model(idx, targets=idx)
+    return logits
 
 
 # the model against the naive one
@@ -37,8 +40,8 @@ def test_logits_equal_the_naive_model(bias, use_alibi, T):
     model = small(bias=bias, use_alibi=use_alibi)
     idx = random_ids(2, T)
     for row, logits in zip(idx, all_logits(model, idx)):
-        torch.testing.assert_close(logits.double(), naive.logits(model.state_dict(), model.config, row.tolist()),
-                                   rtol=1e-4, atol=1e-4)
+        expected = naive.logits(model.state_dict(), model.config, row.tolist())
+        torch.testing.assert_close(logits.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize('use_alibi', [False, True])
@@ -48,9 +51,11 @@ def test_gradients_equal_the_naive_model(use_alibi):
     loss.backward()
     state = {key: value.detach().clone().requires_grad_() for key, value in model.state_dict().items()}
     del state['lm_head.weight']  # tied
-    F.cross_entropy(naive.logits(state, model.config, idx[0, :-1].tolist()), idx[0, 1:]).backward()
+    logits = naive.logits(state, model.config, idx[0, :-1].tolist())
+    F.cross_entropy(logits, idx[0, 1:]).backward()
     for name, p in model.named_parameters():
-        torch.testing.assert_close(p.grad, state[name].grad, rtol=1e-3, atol=1e-5, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(p.grad, state[name].grad, rtol=1e-3, atol=1e-5,
+                                   msg=lambda text: f"{name}: {text}")
 
 
 def test_loss_is_the_mean_over_targets_and_ignores_minus_one():
@@ -60,7 +65,11 @@ def test_loss_is_the_mean_over_targets_and_ignores_minus_one():
     logits, loss = model(idx, targets)
     assert logits.shape == (2, 8, SMALL['vocab_size'])
     log_probs = logits.log_softmax(-1)
-    expected = [-log_probs[b, t, targets[b, t]].item() for b in range(2) for t in range(8) if targets[b, t] >= 0]
+    expected = []
+    for b in range(2):
+        for t in range(8):
+            if targets[b, t] >= 0:
+                expected.append(-log_probs[b, t, targets[b, t]].item())
     assert loss.item() == pytest.approx(sum(expected) / len(expected), abs=1e-5)
 
 
@@ -87,10 +96,12 @@ def test_initial_loss_is_near_ln_vocab():
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=64, vocab_size=1000, n_layer=4, n_head=4, n_embd=64))
     idx = random_ids(8, 65, 1000)
-    assert model(idx[:, :-1], idx[:, 1:])[1].item() == pytest.approx(math.log(1000), abs=0.1)
+    _, loss = model(idx[:, :-1], idx[:, 1:])
+    assert loss.item() == pytest.approx(math.log(1000), abs=0.1)
 
 
 def test_initialization_is_gpt2s():
+    """A standard deviation of 0.02, less where a block writes; biases are 0, and LayerNorm's weights 1."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=64, vocab_size=500, n_layer=8, n_head=4, n_embd=128))
     for name, p in model.named_parameters():
@@ -99,7 +110,8 @@ def test_initialization_is_gpt2s():
         elif p.dim() == 2:
             assert p.std().item() == pytest.approx(0.02, rel=0.05), name
         else:
-            assert (p == ('ln' in name and name.endswith('weight'))).all(), name
+            is_norm_weight = 'ln' in name and name.endswith('weight')
+            assert (p == (1.0 if is_norm_weight else 0.0)).all(), name
     assert model.lm_head.weight is model.transformer.wte.weight
 
 
@@ -134,8 +146,10 @@ def test_fused_adamw_equals_the_formula():
     weight = model.transformer.h[0].mlp.c_fc.weight
     before, g = weight.detach().clone(), weight.grad.clone()
     optimizer.step()
-    m, v = 0.1 * g / (1 - 0.9), 0.05 * g ** 2 / (1 - 0.95)
-    torch.testing.assert_close(weight.detach(), before * (1 - 1e-2 * 0.1) - 1e-2 * m / (v.sqrt() + 1e-8))
+    m = 0.1 * g / (1 - 0.9)
+    v = 0.05 * g ** 2 / (1 - 0.95)
+    decayed = before * (1 - 1e-2 * 0.1)
+    torch.testing.assert_close(weight.detach(), decayed - 1e-2 * m / (v.sqrt() + 1e-8))
 
 
 def test_dropout_is_off_in_eval_and_on_in_training():
@@ -148,8 +162,11 @@ def test_dropout_is_off_in_eval_and_on_in_training():
 # sizes
 
 @pytest.mark.parametrize('options, words', [
-    (dict(n_embd=25), ['25', '3']), (dict(n_layer=0), ['n_layer', '0']), (dict(dropout=1.0), ['dropout', '1.0']),
-    (dict(vocab_size=-1), ['vocab_size', '-1'])])
+    (dict(n_embd=25), ['25', '3']),
+    (dict(n_layer=0), ['n_layer', '0']),
+    (dict(dropout=1.0), ['dropout', '1.0']),
+    (dict(vocab_size=-1), ['vocab_size', '-1']),
+])
 def test_bad_sizes_raise_with_the_numbers(options, words):
     with pytest.raises(ValueError) as error:
         GPTConfig(**SMALL | options)
@@ -163,8 +180,9 @@ def test_too_long_a_sequence_raises_with_both_numbers():
 
 def test_parameter_counts_are_gpt2s():
     """124M and so on, as OpenAI's weights have them."""
-    for (n_layer, n_head, n_embd), count in {(12, 12, 768): 124_439_808, (24, 16, 1024): 354_823_168,
-                                             (36, 20, 1280): 774_030_080, (48, 25, 1600): 1_557_611_200}.items():
+    counts = {(12, 12, 768): 124_439_808, (24, 16, 1024): 354_823_168,
+              (36, 20, 1280): 774_030_080, (48, 25, 1600): 1_557_611_200}
+    for (n_layer, n_head, n_embd), count in counts.items():
         with torch.device('meta'):
             model = GPT(GPTConfig(1024, 50257, n_layer, n_head, n_embd))
         assert model.get_num_params(non_embedding=False) == count
@@ -182,6 +200,7 @@ def test_crop_block_size_keeps_the_first_positions():
 
 
 def test_mfu_counts_as_palm_does():
+    """6 N + 12 L H Q T FLOPs a token (Chowdhery et al. 2022, appendix B)."""
     model = small()
     n = model.get_num_params()
     per_token = 6 * n + 12 * 2 * 3 * 8 * 16  # layers, heads, channels of a head, block_size
@@ -189,12 +208,11 @@ def test_mfu_counts_as_palm_does():
 
 
 def test_state_dict_names_are_nanogpts():
-    block = ['ln_1.weight', 'ln_1.bias', 'attn.c_attn.weight', 'attn.c_attn.bias', 'attn.c_proj.weight',
-             'attn.c_proj.bias', 'ln_2.weight', 'ln_2.bias', 'mlp.c_fc.weight', 'mlp.c_fc.bias', 'mlp.c_proj.weight',
-             'mlp.c_proj.bias']
-    expected = (['transformer.wte.weight', 'transformer.wpe.weight']
-                + [f'transformer.h.{i}.{name}' for i in range(2) for name in block]
-                + ['transformer.ln_f.weight', 'transformer.ln_f.bias', 'lm_head.weight'])
+    expected = ['transformer.wte.weight', 'transformer.wpe.weight']
+    for i in range(2):
+        for layer in ('ln_1', 'attn.c_attn', 'attn.c_proj', 'ln_2', 'mlp.c_fc', 'mlp.c_proj'):
+            expected += [f'transformer.h.{i}.{layer}.weight', f'transformer.h.{i}.{layer}.bias']
+    expected += ['transformer.ln_f.weight', 'transformer.ln_f.bias', 'lm_head.weight']
     assert list(small().state_dict()) == expected
     expected.remove('transformer.wpe.weight')
     assert list(small(use_alibi=True).state_dict()) == expected
@@ -210,7 +228,8 @@ def test_alibi_slopes_are_the_papers():
 
 
 def test_alibi_bias_is_the_formula():
-    bias = alibi_bias(torch.tensor([1 / 16, 1 / 256]), torch.tensor([2, 3]), S=4)  # the last two of four tokens
+    """For the queries of the last two of four tokens."""
+    bias = alibi_bias(torch.tensor([1 / 16, 1 / 256]), torch.tensor([2, 3]), S=4)
     assert bias.shape == (1, 2, 2, 4)
     for h, slope in enumerate([1 / 16, 1 / 256]):
         assert bias[0, h, 0].tolist() == [-slope * 2, -slope, 0, -math.inf]
@@ -222,14 +241,18 @@ def test_alibi_bias_is_the_formula():
 @pytest.mark.parametrize('use_alibi, T', [(False, 16), (True, 48)])
 @pytest.mark.parametrize('pieces', ['prompt, then one by one', 'in threes'])
 def test_cached_logits_equal_uncached_ones(use_alibi, T, pieces):
+    """Under autograd, so that the cache is seen to work there too."""
     model, idx = small(use_alibi=use_alibi, std=0.05), random_ids(2, T)
     full = all_logits(model, idx)
-    cache = KVCache(T)  # under autograd, to see that it works there too
-    sizes = [T - 5, 1, 1, 1, 1, 1] if pieces == 'prompt, then one by one' else [3] * (T // 3) + [T % 3] * (T % 3 > 0)
-    end = 0
-    for size in sizes:
-        logits, _ = model(idx[:, end:end + size], cache=cache)
-        end += size
+    cache = KVCache(T)
+    if pieces == 'in threes':
+        ends = [*range(3, T, 3), T]
+    else:
+        ends = range(T - 5, T + 1)
+    start = 0
+    for end in ends:
+        logits, _ = model(idx[:, start:end], cache=cache)
+        start = end
         torch.testing.assert_close(logits[:, 0], full[:, end - 1], rtol=0, atol=1e-5)
     assert cache.length == end == T
     with pytest.raises(ValueError):
@@ -244,7 +267,8 @@ def test_generate_equals_a_full_forward_for_each_token(use_alibi, T):
     expected = idx
     for _ in range(30):
         context = expected if use_alibi else expected[:, -SMALL['block_size']:]
-        expected = torch.cat((expected, all_logits(model, context)[:, -1].argmax(-1, keepdim=True)), dim=1)
+        new = all_logits(model, context)[:, -1].argmax(-1, keepdim=True)    # (2, 1)
+        expected = torch.cat((expected, new), dim=1)
     assert torch.equal(model.generate(idx, 30, temperature=0), expected)
     assert torch.equal(model.generate(idx, 30, temperature=0, use_cache=False), expected)
 
@@ -252,8 +276,9 @@ def test_generate_equals_a_full_forward_for_each_token(use_alibi, T):
 @torch.no_grad()
 @pytest.mark.parametrize('use_alibi', [False, True])
 def test_fixed_shapes_change_nothing(use_alibi, monkeypatch):
-    """What a compiled model runs for each token but the first: the same shapes always, and nothing seen of what is not there yet."""
-    model, idx, shapes = small(use_alibi=use_alibi), random_ids(3, 5), set()
+    """A compiled model decodes every token with the same shapes, and sees nothing beyond the text so far."""
+    model, idx = small(use_alibi=use_alibi), random_ids(3, 5)
+    shapes = set()
     original = F.scaled_dot_product_attention
 
     def spy(q, k, v, mask=None, **options):
@@ -263,7 +288,8 @@ def test_fixed_shapes_change_nothing(use_alibi, monkeypatch):
     def decode(new, cache):
         assert new.shape == (3, 1) and cache.fixed
         for keys, values in cache.layers:
-            keys[:, :, cache.length:] = values[:, :, cache.length:] = 1e30  # must not be seen
+            keys[:, :, cache.length:] = 1e30  # must not be seen
+            values[:, :, cache.length:] = 1e30
         with monkeypatch.context() as patch:
             patch.setattr(F, 'scaled_dot_product_attention', spy)
             return model(new, cache=cache)
@@ -278,32 +304,39 @@ def test_fixed_shapes_change_nothing(use_alibi, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize('use_alibi', [False, True])
 def test_compiled_generation(use_alibi):
-    """The same text, and compiled once."""
+    """It gives the same text, and compiles once."""
     model, idx = small(use_alibi=use_alibi), random_ids(2, 3)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     decode = compile_decoding(model)
+    expected = model.generate(idx, 40, temperature=0)
     for _ in range(2):
-        assert torch.equal(model.generate(idx, 40, temperature=0, decode=decode), model.generate(idx, 40, temperature=0))
+        assert torch.equal(model.generate(idx, 40, temperature=0, decode=decode), expected)
     assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1
+
+
+def seeded(*seeds):
+    """A generator of random numbers for each row."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def test_a_row_does_not_depend_on_the_others():
     model, idx = small(), random_ids(3, 4)
-    generators = [torch.Generator().manual_seed(i) for i in range(3)]
-    together = model.generate(idx, 25, top_k=5, generators=generators)
-    alone = [model.generate(idx[i:i + 1], 25, top_k=5, generators=[torch.Generator().manual_seed(i)]) for i in range(3)]
+    together = model.generate(idx, 25, top_k=5, generators=seeded(0, 1, 2))
+    alone = [model.generate(idx[i:i + 1], 25, top_k=5, generators=seeded(i)) for i in range(3)]
     assert torch.equal(together, torch.cat(alone))
 
 
 def test_stop_ends_each_row_and_then_all():
+    """Behind its stop token a row holds nothing else; generation ends when every row has one."""
     model, idx = small(std=0.05), random_ids(4, 4)
-    free = model.generate(idx, 200, generators=[torch.Generator().manual_seed(i) for i in range(4)])
-    stopped = model.generate(idx, 200, stop=7, generators=[torch.Generator().manual_seed(i) for i in range(4)])
+    free = model.generate(idx, 200, generators=seeded(0, 1, 2, 3))
+    stopped = model.generate(idx, 200, stop=7, generators=seeded(0, 1, 2, 3))
     first = [row[4:].tolist().index(7) for row in free]
     assert stopped.size(1) == 4 + max(first) + 1
     for before, after, n in zip(free, stopped, first):
-        assert torch.equal(before[:4 + n], after[:4 + n]) and (after[4 + n:] == 7).all()
+        assert torch.equal(before[:4 + n], after[:4 + n])
+        assert (after[4 + n:] == 7).all()
 
 
 def test_padding_of_the_vocabulary_is_never_sampled():
@@ -345,7 +378,7 @@ def test_compiled_training_step_equals_eager():
 
 @pytest.mark.parametrize('dtype', [None, torch.bfloat16])
 def test_the_loss_in_chunks_is_the_whole_one(dtype):
-    """Where logits are many, forward(..., return_logits=False) computes them in chunks: the same loss and gradients."""
+    """With return_logits=False many logits are computed in chunks: the same loss, the same gradients."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=256, vocab_size=50304, n_layer=1, n_head=2, n_embd=32))
     idx = torch.randint(50304, (3, 257))
@@ -358,11 +391,14 @@ def test_the_loss_in_chunks_is_the_whole_one(dtype):
         with torch.autocast('cpu', dtype, enabled=dtype is not None):
             logits, loss = model(x, y, return_logits=return_logits)
             with torch.no_grad():
-                evaluated = model(x, y, return_logits=return_logits)[1]
+                _, evaluated = model(x, y, return_logits=return_logits)
         (3 * loss).backward()
-        assert (logits is None) != return_logits and evaluated.item() == pytest.approx(loss.item(), rel=1e-6)
+        assert (logits is None) != return_logits
+        assert evaluated.item() == pytest.approx(loss.item(), rel=1e-6)
         results.append((loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}))
     (whole, gradients), (chunked, chunked_gradients) = results
     assert chunked == pytest.approx(whole, rel=1e-6)
+    tolerance = 1e-5 if dtype is None else 2e-2
     for name, gradient in gradients.items():
-        torch.testing.assert_close(chunked_gradients[name], gradient, rtol=0, atol=(1e-5 if dtype is None else 2e-2) * gradient.abs().max())
+        torch.testing.assert_close(chunked_gradients[name], gradient,
+                                   rtol=0, atol=tolerance * gradient.abs().max())

@@ -1,3 +1,4 @@
+"""The device, dtype and seeds that a run works with."""
 import importlib.util
 
 import pytest
@@ -6,26 +7,41 @@ import torch
 import runtime
 from runtime import UserError, derive_seed, set_up
 
+# what auto chooses
 
 def test_auto_on_a_machine_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: False)
     run = set_up()
-    assert (run.device.type, run.dtype, run.compile, run.world_size, run.is_master) == ('cpu', 'float32', False, 1, True)
+    assert (run.device.type, run.dtype, run.compile) == ('cpu', 'float32', False)
+    assert (run.world_size, run.is_master) == (1, True)
 
 
 @pytest.mark.parametrize('has_bf16, dtype', [(True, 'bfloat16'), (False, 'float16')])
 def test_auto_with_a_gpu(monkeypatch, has_bf16, dtype):
-    """What would be chosen; no GPU is needed to ask."""
+    """bfloat16 only where the GPU computes in it, torch.compile only where there is Triton. Needs no GPU."""
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: name == 'triton' or find_spec(name))
+
+    def with_triton(name):
+        return name == 'triton' or find_spec(name)
+
+    def without_triton(name):
+        return None if name == 'triton' else find_spec(name)
+
+    def is_bf16_supported(including_emulation=True):
+        return including_emulation or has_bf16
+
+    monkeypatch.setattr(importlib.util, 'find_spec', with_triton)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: including_emulation or has_bf16)
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', is_bf16_supported)
     run = set_up()
     assert (run.device.type, run.dtype, run.compile) == ('cuda', dtype, True)
-    assert not set_up(compile=False).compile and set_up(dtype='float32').dtype == 'float32'
-    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name == 'triton' else find_spec(name))
-    assert not set_up().compile and set_up(compile=True).compile
+    assert not set_up(compile=False).compile
+    assert set_up(dtype='float32').dtype == 'float32'
+
+    monkeypatch.setattr(importlib.util, 'find_spec', without_triton)
+    assert not set_up().compile
+    assert set_up(compile=True).compile
 
 
 def test_auto_on_a_mac(monkeypatch):
@@ -35,9 +51,15 @@ def test_auto_on_a_mac(monkeypatch):
     assert (run.device.type, run.dtype, run.compile) == ('mps', 'float32', False)
 
 
+# mistakes
+
 @pytest.mark.parametrize('options, words', [
-    (dict(device='gpu'), ["'gpu'", 'cuda']), (dict(device='cpu:x'), ["'cpu:x'"]), (dict(dtype='fp8'), ["'fp8'", 'bfloat16']),
-    (dict(compile='yes'), ["'yes'"]), (dict(device=True), ['True'])])
+    (dict(device='gpu'), ["'gpu'", 'cuda']),
+    (dict(device='cpu:x'), ["'cpu:x'"]),
+    (dict(dtype='fp8'), ["'fp8'", 'bfloat16']),
+    (dict(compile='yes'), ["'yes'"]),
+    (dict(device=True), ['True']),
+])
 def test_unknown_choices_are_named(options, words):
     with pytest.raises(UserError) as error:
         set_up(**options)
@@ -54,21 +76,38 @@ def test_a_missing_gpu_is_named(monkeypatch):
         set_up(device='cuda:2')
 
 
+# seeds and peak FLOPS
+
 def test_seeds_differ_by_seed_purpose_and_index_and_nothing_else():
-    seeds = [derive_seed(s, p, i) for s in (1, 2) for p in range(6) for i in range(20)]
+    def all_seeds():
+        return [derive_seed(s, p, i) for s in (1, 2) for p in range(6) for i in range(20)]
+
+    seeds = all_seeds()
     torch.randn(5)  # whatever is drawn between
-    assert seeds == [derive_seed(s, p, i) for s in (1, 2) for p in range(6) for i in range(20)]
+    assert seeds == all_seeds()
     assert len(set(seeds)) == len(seeds) == 240
     assert all(0 <= s < 2 ** 64 for s in seeds)
-    assert derive_seed(1337, runtime.TRAIN_BATCH, 5) == 3792733761632240483  # a change would change everybody's runs
+    # another value would change what everybody's seeds mean
+    assert derive_seed(1337, runtime.TRAIN_BATCH, 5) == 3792733761632240483
 
 
 @pytest.mark.parametrize('name, peak', [
-    ('NVIDIA A100-SXM4-80GB', 312e12), ('NVIDIA H100 80GB HBM3', 989e12), ('NVIDIA H200', 989e12), ('NVIDIA L4', 121e12),
-    ('NVIDIA L40S', 362e12), ('NVIDIA H100 PCIe', 756e12), ('NVIDIA GeForce RTX 4090', 165e12), ('Some GPU', None),
-    ('NVIDIA RTX A1000', None), ('NVIDIA T400 4GB', None), ('NVIDIA GeForce RTX 4090 Laptop GPU', None), ('NVIDIA H200 NVL', 835e12),
-    ('NVIDIA H100 80GB HBM3 MIG 1g.10gb', None)])
+    ('NVIDIA A100-SXM4-80GB', 312e12),
+    ('NVIDIA H100 80GB HBM3', 989e12),
+    ('NVIDIA H200', 989e12),
+    ('NVIDIA L4', 121e12),
+    ('NVIDIA L40S', 362e12),
+    ('NVIDIA H100 PCIe', 756e12),
+    ('NVIDIA GeForce RTX 4090', 165e12),
+    ('Some GPU', None),
+    ('NVIDIA RTX A1000', None),
+    ('NVIDIA T400 4GB', None),
+    ('NVIDIA GeForce RTX 4090 Laptop GPU', None),
+    ('NVIDIA H200 NVL', 835e12),
+    ('NVIDIA H100 80GB HBM3 MIG 1g.10gb', None),
+])
 def test_peak_flops_by_name(monkeypatch, name, peak):
+    """None for a GPU that is not known, and wherever the figure does not apply: other dtypes, the CPU."""
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: name)
     run = runtime.Runtime(torch.device('cuda'), 'bfloat16', True)
     assert runtime.peak_flops(run) == peak

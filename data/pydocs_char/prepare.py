@@ -12,6 +12,5 @@ here = Path(__file__).resolve().parent
 sys.path.insert(0, str(here.parents[1]))
 from dataset import write_char_dataset  # noqa: E402
 
-
 if __name__ == '__main__':
     write_char_dataset(here, '\n'.join(topics[name] for name in sorted(topics)))

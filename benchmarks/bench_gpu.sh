@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What needs one CUDA GPU, in one go. The table of docs/performance.md is made from what it prints.
 #
-#     bash tests/bench_gpu.sh [FOLDER for what it prints, default out-gpu] [PYTHON, default python3]
+#     bash benchmarks/bench_gpu.sh [FOLDER for what it prints, default out-gpu] [PYTHON, default python3]
 #
 # Needs input.txt of tiny Shakespeare in data/shakespeare_char/, or a network. Each part goes on where another failed.
 set -uo pipefail

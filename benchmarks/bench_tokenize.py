@@ -1,6 +1,8 @@
-"""Tokens per second of data/openwebtext/prepare.py's batches against a document at a time: python tests/bench_tokenize.py
+"""Tokens per second of data/openwebtext/prepare.py's batches, against a document at a time.
 
-Needs GPT-2's vocabulary (tiktoken). The documents: the topics of Python's language reference, over and over, alternately.
+    python benchmarks/bench_tokenize.py
+
+Needs GPT-2's vocabulary (tiktoken). The documents are the topics of Python's language reference, over and over.
 """
 import os
 import runpy

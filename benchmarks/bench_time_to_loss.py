@@ -1,4 +1,4 @@
-"""How long until the plain character CPU config's final loss: python tests/bench_time_to_loss.py [SEED ...]
+"""How long until the plain character CPU config's final loss: python benchmarks/bench_time_to_loss.py [SEED ...]
 
 Trains config/train_shakespeare_char_cpu.py and config/train_shakespeare_char_fast.py with seeds that were not used for tuning,
 side by side: each is held while the other runs, a second or two in turn, so that a machine that slows down slows both.
@@ -14,11 +14,11 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
-import checkpoint  # noqa: E402
 import metrics  # noqa: E402
 from bench_val_loss import whole_split_loss  # noqa: E402
-from dataset import load_split  # noqa: E402
 
+import checkpoint  # noqa: E402
+from dataset import load_split  # noqa: E402
 
 SLICES = dict(cpu=2.0, fast=1.0)  # seconds of each turn, so that both end at about the same time
 

@@ -1,8 +1,8 @@
 """The loss of trained checkpoints over the whole val split, in non-overlapping windows of block_size.
 
-    python tests/bench_val_loss.py out-shakespeare-char ...
+    python benchmarks/bench_val_loss.py out-shakespeare-char ...
 
-Every token but the first few is a target once (what is left behind the last full window is not scored).
+Every token but the first is a target once, apart from those behind the last full window.
 """
 import sys
 from pathlib import Path
@@ -10,14 +10,13 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import checkpoint  # noqa: E402
-from dataset import load_split  # noqa: E402
+import rundir
+from dataset import load_split
 
 
 @torch.no_grad()
-def whole_split_loss(model, data, batch_size=64):
-    """Mean cross-entropy, in nats, over all full windows of data."""
-    T = model.config.block_size
+def whole_split_loss(model, data, T, batch_size=64):
+    """Mean cross-entropy, in nats, over all full windows of T tokens."""
     data = torch.from_numpy(data.astype('int64'))
     n = (len(data) - 1) // T
     inputs, targets = data[:n * T].view(n, T), data[1:n * T + 1].view(n, T)
@@ -28,7 +27,8 @@ def whole_split_loss(model, data, batch_size=64):
 
 if __name__ == '__main__':
     for out_dir in sys.argv[1:]:
-        model, state, path = checkpoint.load_for_sampling(out_dir)
-        data = load_split(Path('data') / state['config']['dataset'], 'val', model.config.block_size)
+        model, state, path = rundir.load_for_sampling(out_dir)
+        T = model.config.block_size
+        data = load_split(Path('data') / state['config']['dataset'], 'val', T)
         print(f"{path}: iteration {state['iter_num']}, seed {state['config'].get('seed')}, "
-              f"whole val split {whole_split_loss(model, data):.4f}")
+              f"whole val split {whole_split_loss(model, data, T):.4f}")
