@@ -1,29 +1,37 @@
 """A prepared data set: the folder data/<name>/ with train.bin, val.bin and, for characters, meta.pkl.
 
-The .bin files hold little-endian uint16 token ids and nothing else. meta.pkl is a pickled dict: vocab_size, stoi
-(character -> id) and itos (id -> character). A folder without it holds GPT-2 BPE tokens. All as in nanoGPT.
+The .bin files hold little-endian uint16 token ids and nothing else. meta.pkl is a pickled dict: vocab_size,
+stoi (character -> id) and itos (id -> character). A folder without it holds GPT-2 BPE tokens. The formats are
+nanoGPT's.
 """
 import hashlib
 import os
 import pickle
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 import torch
 
 from runtime import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 TOKEN = np.dtype('<u2')
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # writing
 
 @contextmanager
-def atomic_write(path, mode='wb', **options):
-    """Open a file that appears under its name only when it is complete and on the disk: whole or not at all."""
+def atomic_write(path: str | Path, mode: str = 'wb', **options) -> Iterator[IO]:
+    """Open a file that takes its name only once it is complete and on the disk: all or nothing."""
     path = Path(path)
     temporary = path.with_name(path.name + '.tmp')
     try:
@@ -36,56 +44,129 @@ def atomic_write(path, mode='wb', **options):
         temporary.unlink(missing_ok=True)
 
 
-def write_char_dataset(folder, text: str, val_fraction=0.1):
-    """Write a character-level data set: the last val_fraction of the text is the val split. Prints the sizes."""
+@contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Keep the folder to this process. Raises UserError if another one is preparing data in it.
+
+    The lock is the file .lock, which stays; the system releases it when the process ends, however it ends.
+    """
+    try:
+        file = open(Path(folder) / '.lock', 'w')
+    except OSError as error:
+        raise UserError(f"can't write to {folder}: {error.strerror}") from error
+    with file:
+        if fcntl is not None:
+            _lock(file, folder)
+        yield
+
+
+def _lock(file: IO, folder: str | Path):
+    try:
+        # lockf and not flock: worker processes would inherit flock's lock, and hold it after a killed parent
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        raise UserError(f"another process is preparing {folder}: wait for it, or stop it") from error
+    except OSError:
+        pass  # a file system without locks
+
+
+@contextmanager
+def preparing(folder: str | Path, resumable: bool = False) -> Iterator[Path]:
+    """Around the making of a data set: yields a folder to write train.bin, val.bin and perhaps meta.pkl to.
+
+    When the block ends they replace the old ones in `folder` together; an old meta.pkl without a new one is
+    removed. If the block raises or the process is killed, the old ones are as they were. What was written by
+    then is thrown away, or with resumable=True still there at the next call.
+    Raises UserError if another process is preparing the same folder.
+    """
+    folder = Path(folder)
+    new = folder / '.preparing'
+    with locked(folder):
+        if not resumable:
+            shutil.rmtree(new, ignore_errors=True)  # left behind by a killed process
+        new.mkdir(exist_ok=True)
+        try:
+            yield new
+            _install(new, folder)
+        except BaseException:
+            if not resumable:
+                shutil.rmtree(new, ignore_errors=True)
+            raise
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _install(new: Path, folder: Path):
+    """Move a finished data set from `new` to `folder`, in place of the one there.
+
+    The old train.bin goes first and the new one comes last. A process killed in between leaves a folder
+    without train.bin, which load_split reports, and never token ids with a meta.pkl that isn't theirs.
+    """
+    assert (new / 'train.bin').exists() and (new / 'val.bin').exists()
+    for path in new.iterdir():
+        if path.suffix in ('.bin', '.pkl'):
+            with open(path, 'rb+') as file:
+                os.fsync(file.fileno())
+    (folder / 'train.bin').unlink(missing_ok=True)
+    old_meta = folder / 'meta.pkl'
+    if (new / 'meta.pkl').exists():
+        os.replace(new / 'meta.pkl', old_meta)
+    elif old_meta.exists():
+        old_meta.unlink()
+        print(f"{old_meta}: removed, since it described the characters of the data set that was here before")
+    os.replace(new / 'val.bin', folder / 'val.bin')
+    os.replace(new / 'train.bin', folder / 'train.bin')
+
+
+def write_char_dataset(folder: str | Path, text: str, val_fraction: float = 0.1):
+    """Write a character-level data set: the last val_fraction of the text is the val split. Prints the sizes.
+
+    Raises UserError for more than 65,536 distinct characters, or if another process is preparing the folder.
+    """
     chars = sorted(set(text))
     if len(chars) > 65536:
-        raise UserError(f"{len(chars)} different characters, but token ids have 16 bits")
+        raise UserError(f"the text has {len(chars)} distinct characters, but 16-bit ids allow only 65536")
     stoi = {char: i for i, char in enumerate(chars)}
+    itos = dict(enumerate(chars))
     ids = np.fromiter((stoi[char] for char in text), dtype=TOKEN, count=len(text))
     n_train = int(len(text) * (1 - val_fraction))
-    folder = Path(folder)
-    with atomic_write(folder / 'meta.pkl') as file:
-        pickle.dump({'vocab_size': len(chars), 'stoi': stoi, 'itos': dict(enumerate(chars))}, file)
-    for name, split in (('train', ids[:n_train]), ('val', ids[n_train:])):
-        with atomic_write(folder / f'{name}.bin') as file:
-            split.tofile(file)
-    print(f"{len(text):,} characters, {len(chars)} different ones: {''.join(chars)!r}")
+    with preparing(folder) as new:
+        (new / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': len(chars), 'stoi': stoi, 'itos': itos}))
+        (new / 'train.bin').write_bytes(ids[:n_train])
+        (new / 'val.bin').write_bytes(ids[n_train:])
+    print(f"{len(text):,} characters, {len(chars)} distinct: {''.join(chars)!r}")
     print(f"{folder}: {n_train:,} train tokens, {len(ids) - n_train:,} val tokens")
 
 
-def write_bpe_dataset(folder, text: str, val_fraction=0.1):
-    """Write a data set of GPT-2 BPE tokens: the last val_fraction of the text is the val split. Prints the sizes.
+def write_bpe_dataset(folder: str | Path, text: str, val_fraction: float = 0.1):
+    """Write a data set of GPT-2 BPE tokens: the last val_fraction of the text is the val split.
 
-    "<|endoftext|>" in the text becomes the end-of-text token.
+    "<|endoftext|>" in the text becomes the end-of-text token. Prints the sizes. Raises UserError if GPT-2's
+    vocabulary can't be loaded, or if another process is preparing the folder.
     """
     bpe = tokenizer(None)
     n_train = int(len(text) * (1 - val_fraction))
-    for name, part in (('train', text[:n_train]), ('val', text[n_train:])):
-        ids = np.array(bpe.encode(part), dtype=TOKEN)
-        with atomic_write(Path(folder) / f'{name}.bin') as file:
-            ids.tofile(file)
-        print(f"{folder}: {len(ids):,} {name} tokens")
+    with preparing(folder) as new:
+        for name, part in (('train', text[:n_train]), ('val', text[n_train:])):
+            ids = np.array(bpe.encode(part), dtype=TOKEN)
+            (new / f'{name}.bin').write_bytes(ids)
+            print(f"{folder}: {len(ids):,} {name} tokens")
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # reading
 
-def load_split(folder, split: str, block_size: int) -> np.memmap:
-    """The token ids of a split, (N,) uint16, mapped from its file. Raises UserError for a file that can't be used."""
+def load_split(folder: str | Path, split: str, block_size: int) -> np.memmap:
+    """The token ids of a split, (N,) uint16, mapped from its file. Raises UserError for an unusable file."""
     path = Path(folder) / f'{split}.bin'
     if not path.exists():
-        prepare = path.parent / 'prepare.py'
-        known = ', '.join(sorted(p.parent.name for p in path.parent.parent.glob('*/prepare.py')))
-        raise UserError(f"no {path}: " + (f"run python {prepare} first" if prepare.exists() else
-                                          f"there is no {prepare} either, only {known or 'no data sets at all'}: is this the "
-                                          "repository's root?"))
+        raise UserError(_missing(path))
     size = path.stat().st_size
     if size % TOKEN.itemsize:
-        raise UserError(f"{path} is cut off or no token file: its {size} bytes are no whole number of 16-bit ids")
-    if size // TOKEN.itemsize < block_size + 1:
-        raise UserError(f"{path} holds {size // TOKEN.itemsize} tokens, but a window of block_size={block_size} "
-                        f"takes {block_size + 1}: use a smaller block_size or more data")
+        raise UserError(f"{path} is truncated: {size} bytes is not a whole number of 16-bit ids")
+    n_tokens = size // TOKEN.itemsize
+    if n_tokens < block_size + 1:
+        raise UserError(f"{path} has {n_tokens} tokens, but a window of block_size={block_size} needs "
+                        f"{block_size + 1}: use a smaller block_size or more data")
     return np.memmap(path, dtype=TOKEN, mode='r')
 
 
@@ -95,7 +176,19 @@ def identity(data: np.ndarray) -> dict:
     return {'tokens': len(data), 'sha256': hashlib.sha256(ends.tobytes()).hexdigest()}
 
 
-def draw_batch(data: np.memmap, batch_size: int, block_size: int, vocab_size: int, seed: int):
+def _missing(path: Path) -> str:
+    """What to do about a token file that isn't there."""
+    prepare = path.parent / 'prepare.py'
+    if prepare.exists():
+        return f"no {path}: run python {prepare} first"
+    known = ', '.join(sorted(script.parent.name for script in path.parent.parent.glob('*/prepare.py')))
+    if known:
+        return f"no {path}, and no {prepare} to make it: the data sets here are {known}"
+    return f"no {path}, and no {prepare} to make it: is this the repository's root?"
+
+
+def draw_batch(data: np.memmap, batch_size: int, block_size: int, vocab_size: int,
+               seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets of batch_size random windows: two (batch_size, block_size) int64 tensors on the CPU.
 
     The windows depend on the seed alone. Raises UserError for an id that the model has no embedding for.
@@ -111,14 +204,14 @@ def draw_batch(data: np.memmap, batch_size: int, block_size: int, vocab_size: in
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Admits containers, str and int only: whatever names a class or function, which could run code, is refused."""
+    """Reads containers, str and int only. It refuses all classes and functions, which could run code."""
 
     def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}")
 
 
-def load_meta(folder):
-    """The folder's meta.pkl as a dict, or None where there is none (GPT-2 BPE). Raises UserError for a bad one."""
+def load_meta(folder: str | Path) -> dict | None:
+    """The folder's meta.pkl as a dict, or None without one (GPT-2 BPE). Raises UserError for a bad one."""
     path = Path(folder) / 'meta.pkl'
     if not path.exists():
         return None
@@ -126,55 +219,65 @@ def load_meta(folder):
         with open(path, 'rb') as file:
             meta = _PlainUnpickler(file).load()
     except Exception as error:  # damaged pickles raise almost anything
-        raise UserError(f"{path} is not a plain meta.pkl: {error}") from error
+        raise UserError(f"{path} is damaged, or holds more than plain values: {error}") from error
     return check_meta(meta, path)
 
 
-def check_meta(meta, source):
-    """The meta, with its three keys alone, if it makes a tokenizer; else raises UserError."""
+def check_meta(meta, source: str | Path) -> dict:
+    """The meta reduced to its three keys. Raises UserError, naming source, if it defines no tokenizer."""
     try:
         stoi, itos, vocab_size = meta['stoi'], meta['itos'], meta['vocab_size']
-        if stoi != {char: i for i, char in itos.items()} or sorted(itos) != list(range(len(itos))) or vocab_size < len(itos):
-            raise ValueError("stoi, itos and vocab_size don't fit each other")
+        ids = list(range(len(itos)))
+        inverse = {char: i for i, char in itos.items()}
+        if sorted(itos) != ids or stoi != inverse or vocab_size < len(itos):
+            raise ValueError("stoi, itos and vocab_size contradict each other")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{source} makes no tokenizer ({error!r}): prepare the data set again") from error
+        raise UserError(f"{source} does not define a tokenizer ({error!r}): "
+                        "prepare the data set again") from error
     return {'vocab_size': vocab_size, 'stoi': stoi, 'itos': itos}
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # text and tokens
 
 class Tokenizer(NamedTuple):
-    """encode: str -> list of ids; decode_bytes: list of ids -> UTF-8 bytes; vocab_size: ids below it have a text."""
-    encode: Callable
-    decode_bytes: Callable
+    """Text to token ids and back. Only ids below vocab_size have a text."""
+    encode: Callable[[str], list[int]]
+    decode_bytes: Callable[[list[int]], bytes]  # UTF-8
     vocab_size: int
 
-    def decode(self, ids) -> str:
+    def decode(self, ids: list[int]) -> str:
         return self.decode_bytes(ids).decode('utf-8', errors='replace')
 
 
-def tokenizer(meta) -> Tokenizer:
-    """The tokenizer of a data set with this meta (a dict, or None for GPT-2's BPE). encode may raise UserError."""
+def tokenizer(meta: dict | None) -> Tokenizer:
+    """The tokenizer of a data set with this meta; None stands for GPT-2's BPE. encode may raise UserError."""
     if meta is None:
         return _bpe_tokenizer()
     stoi, itos = meta['stoi'], meta['itos']
 
     def encode(text):
-        for place, char in enumerate(text):
+        for position, char in enumerate(text):
             if char not in stoi:
-                raise UserError(f"character {char!r} at position {place} is not in the data set's vocabulary of "
-                                f"{len(stoi)} characters: {''.join(stoi)!r}")
+                raise UserError(f"character {char!r} at position {position} is not in the data set's "
+                                f"vocabulary of {len(stoi)} characters: {''.join(stoi)!r}")
         return [stoi[char] for char in text]
 
-    return Tokenizer(encode, lambda ids: ''.join(itos[i] for i in ids).encode('utf-8'), len(itos))
+    def decode_bytes(ids):
+        return ''.join(itos[i] for i in ids).encode('utf-8')
+
+    return Tokenizer(encode, decode_bytes, len(itos))
 
 
 def _bpe_tokenizer() -> Tokenizer:
-    import tiktoken  # only here: it is slow to import, and characters do without
+    import tiktoken  # only here: it is slow to import, and character-level data doesn't need it
     try:
         bpe = tiktoken.get_encoding('gpt2')
-    except Exception as error:  # tiktoken downloads the vocabulary once, with requests
-        raise UserError("GPT-2's vocabulary could not be loaded: tiktoken downloads it at first use, so go online once, "
-                        f"or set TIKTOKEN_CACHE_DIR to a folder that has it ({type(error).__name__})") from error
-    return Tokenizer(lambda text: bpe.encode(text, allowed_special={'<|endoftext|>'}), bpe.decode_bytes, bpe.n_vocab)
+    except Exception as error:  # tiktoken downloads the vocabulary with requests, whose errors are many
+        raise UserError(f"GPT-2's vocabulary could not be loaded ({type(error).__name__}): go online once "
+                        "for tiktoken to download it, or set TIKTOKEN_CACHE_DIR to where it is") from error
+
+    def encode(text):
+        return bpe.encode(text, allowed_special={'<|endoftext|>'})
+
+    return Tokenizer(encode, bpe.decode_bytes, bpe.n_vocab)

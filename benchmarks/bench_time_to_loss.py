@@ -14,11 +14,11 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
-import metrics  # noqa: E402
-from bench_val_loss import whole_split_loss  # noqa: E402
+import metrics
+from bench_val_loss import whole_split_loss
 
-import checkpoint  # noqa: E402
-from dataset import load_split  # noqa: E402
+import checkpoint
+from dataset import load_split
 
 SLICES = dict(cpu=2.0, fast=1.0)  # seconds of each turn, so that both end at about the same time
 

@@ -25,7 +25,7 @@ def read_ids(folder, name):
 
 @pytest.mark.parametrize('files', ['json', 'jsonl', 'parquet', 'txt'])
 def test_openwebtext_from_local_files(checkout, bpe_files, bpe, tmp_path, files):
-    """Every document once, in its own tokens, an end-of-text behind each; 0.05% of them, at least one, for val."""
+    """Every document once, in its own tokens, an end-of-text token behind each; one of them for val."""
     documents = [f'Document {i} says “{"word " * (i % 7)}<|endoftext|>”' for i in range(50)] + ['']
     rows = [{'text': text} for text in documents]
     path = tmp_path / f'docs.{files}'
@@ -37,14 +37,15 @@ def test_openwebtext_from_local_files(checkout, bpe_files, bpe, tmp_path, files)
         documents = documents[:-1]
     else:
         path.write_text('\n'.join(map(json.dumps, rows)) if files == 'jsonl' else json.dumps(rows))
-    output = run_script(checkout, 'data/openwebtext/prepare.py', '--data_files', tmp_path / f'*.{files}', '--num_proc=2',
-                        env=bpe_files | {'HF_HOME': str(tmp_path / 'hf')})
+    output = run_script(checkout, 'data/openwebtext/prepare.py', '--data_files', tmp_path / f'*.{files}',
+                        '--num_proc=2', env=bpe_files | {'HF_HOME': str(tmp_path / 'hf')})
     assert 'of disk' in output
     folder = checkout / 'data/openwebtext'
-    found = [bpe.decode_bytes(ids).decode() for name in ('train', 'val') for ids in split_at_end(read_ids(folder, name))]
+    train, val = read_ids(folder, 'train'), read_ids(folder, 'val')
+    found = [bpe.decode_bytes(ids).decode() for ids in split_at_end(train) + split_at_end(val)]
     assert sorted(found) == sorted(documents)
-    assert len(split_at_end(read_ids(folder, 'val'))) == 1
-    assert sum(len(bpe.encode_ordinary(text)) + 1 for text in documents) == sum(len(read_ids(folder, name)) for name in ('train', 'val'))
+    assert len(split_at_end(val)) == 1
+    assert sum(len(bpe.encode_ordinary(text)) + 1 for text in documents) == len(train) + len(val)
 
 
 def split_at_end(ids):
@@ -68,8 +69,9 @@ def split_at_end(ids):
 def test_openwebtext_mistakes(checkout, bpe_files, tmp_path, content, options, words):
     if content is not None:
         (tmp_path / 'x.jsonl').write_text(content)
-    line = error_line(run_script(checkout, 'data/openwebtext/prepare.py', '--data_files', tmp_path / 'x.jsonl', *options, status=1,
-                                 env=bpe_files | {'HF_HOME': str(tmp_path / 'hf')}))
+    env = bpe_files | {'HF_HOME': str(tmp_path / 'hf')}
+    options = ['--data_files', tmp_path / 'x.jsonl', *options]
+    line = error_line(run_script(checkout, 'data/openwebtext/prepare.py', *options, status=1, env=env))
     assert all(word in line for word in words), line
 
 
@@ -103,7 +105,8 @@ def test_train_and_sample_in_bpe(checkout, bpe_files, bpe, tmp_path):
     run_script(checkout, 'data/mine/prepare.py', env=bpe_files)
     assert bpe.decode(read_ids(folder, 'train') + read_ids(folder, 'val')) == TEXT
     out_dir = tmp_path / 'out'
-    run_script(checkout, 'train.py', *arguments(**TINY | dict(dataset='mine'), out_dir=out_dir), env=bpe_files)
+    settings = TINY | dict(dataset='mine', out_dir=out_dir)
+    run_script(checkout, 'train.py', *arguments(**settings), env=bpe_files)
     assert len(texts(bpe_sample(checkout, out_dir, bpe_files))) == 2
     assert bpe_sample(checkout, out_dir, bpe_files, '--start=<|endoftext|>', '--stop=<|endoftext|>')
     streamed = texts(bpe_sample(checkout, out_dir, bpe_files, '--start=“naïve” 🙂', stream=True))

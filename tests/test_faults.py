@@ -232,7 +232,7 @@ def test_an_interrupted_prepare_leaves_no_half_file(checkout, tmp_path):
     done = subprocess.run([sys.executable, folder / 'prepare.py'], preexec_fn=limit_file_size(200_000),
                           capture_output=True)
     assert done.returncode != 0
-    assert sorted(path.name for path in folder.iterdir()) == ['meta.pkl', 'prepare.py']
+    assert sorted(path.name for path in folder.iterdir()) == ['.lock', 'prepare.py']
     run_script(tmp_path, folder / 'prepare.py')
     assert (folder / 'train.bin').stat().st_size > 200_000
 

@@ -1,4 +1,4 @@
-"""The character-level prepare.py scripts, as a user runs them, on good, missing and corrupt input."""
+"""The prepare.py scripts, as a user runs them, on good, missing and corrupt input, and two at a time."""
 import functools
 import hashlib
 import http.server
@@ -10,17 +10,21 @@ import numpy as np
 import pytest
 from conftest import REPO, error_line, run_script
 
+from dataset import load_meta, locked, write_char_dataset
+
 SHAKESPEARE = 'data/shakespeare_char/prepare.py'
 
 
 @pytest.fixture
 def fresh(checkout, tmp_path):
     """A checkout with nothing prepared."""
-    return shutil.copytree(checkout, tmp_path / 'fresh', ignore=shutil.ignore_patterns('*.bin', '*.pkl', '__pycache__'))
+    prepared = shutil.ignore_patterns('*.bin', '*.pkl', '__pycache__')
+    return shutil.copytree(checkout, tmp_path / 'fresh', ignore=prepared)
 
 
 def prepared_files(folder):
-    return sorted(path.name for path in folder.glob('data/shakespeare_char/*') if path.suffix != '.py')
+    names = [path.name for path in folder.glob('data/shakespeare_char/*') if path.suffix != '.py']
+    return sorted(name for name in names if name != '.lock')
 
 
 def test_pydocs(checkout):
@@ -63,7 +67,8 @@ def server(tmp_path):
         def log_message(self, *args):
             pass
 
-    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Silent, directory=folder)) as server:
+    handler = functools.partial(Silent, directory=folder)
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f'http://127.0.0.1:{server.server_port}', folder
         server.shutdown()
@@ -73,7 +78,8 @@ def test_shakespeare_download_of_something_else(fresh, server):
     url, folder = server
     assert '404' in error_line(run_script(fresh, SHAKESPEARE, '--url', f'{url}/input.txt', status=1))
     (folder / 'input.txt').write_text('<html>')
-    assert 'is not tiny Shakespeare' in error_line(run_script(fresh, SHAKESPEARE, '--url', f'{url}/input.txt', status=1))
+    line = error_line(run_script(fresh, SHAKESPEARE, '--url', f'{url}/input.txt', status=1))
+    assert 'is not tiny Shakespeare' in line
     assert prepared_files(fresh) == []
 
 
@@ -102,8 +108,60 @@ def test_shakespeare_itself(fresh):
     if text is None:
         pytest.skip("tiny Shakespeare is not at hand")
     output = run_script(fresh, SHAKESPEARE, '--input', text)
-    assert '1,115,394 characters, 65 different ones' in output
+    assert '1,115,394 characters, 65 distinct' in output
     assert '1,003,854 train tokens, 111,540 val tokens' in output
     # nanoGPT's first and last ids
     train = np.fromfile(fresh / 'data/shakespeare_char/train.bin', dtype='<u2')
     assert train[:5].tolist() == [18, 47, 56, 57, 58]  # 'First'
+
+
+SCRIPTS = ['openwebtext', 'fineweb', 'pydocs_char', 'shakespeare_char', 'shakespeare']
+
+
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_a_second_prepare_is_refused(fresh, bpe_files, name):
+    """Before it writes anything, and whether the files come from the network or not."""
+    folder = fresh / 'data' / name
+    inputs = folder if name == 'shakespeare_char' else fresh / 'data/shakespeare_char'
+    if name.startswith('shakespeare'):
+        accept_any_text(fresh)
+        (inputs / 'input.txt').write_text('First Citizen: ' * 100)
+    before = sorted(path.name for path in folder.iterdir())
+    with locked(folder):
+        line = error_line(run_script(fresh, folder / 'prepare.py', status=1, env=bpe_files))
+    assert f'another process is preparing {folder}' in line
+    assert sorted(path.name for path in folder.iterdir()) == sorted({*before, '.lock'})
+
+
+def test_two_downloads_at_once(fresh, server):
+    url, folder = server
+    (folder / 'input.txt').write_text('a stand-in')
+    accept_any_text(fresh)
+    with locked(fresh / 'data/shakespeare_char'):
+        line = error_line(run_script(fresh, SHAKESPEARE, '--url', f'{url}/input.txt', status=1))
+    assert 'another process' in line
+    assert prepared_files(fresh) == []
+
+
+def accept_any_text(folder):
+    """Take the checksum out of shakespeare_char/prepare.py."""
+    script = folder / SHAKESPEARE
+    source = script.read_text()
+    assert 'if found != SHA256:' in source
+    script.write_text(source.replace('if found != SHA256:', 'if not found:'))
+
+
+def test_bpe_tokens_in_a_folder_of_characters(fresh, bpe_files, tmp_path):
+    """The meta.pkl of an older character-level set would give the new tokens a wrong meaning: it goes."""
+    folder = fresh / 'data/openwebtext'
+    write_char_dataset(folder, 'abc' * 100)
+    (tmp_path / 'x.jsonl').write_text('{"text": "a"}')
+    failing = run_script(fresh, folder / 'prepare.py', '--data_files', tmp_path / 'x.jsonl', status=1,
+                         env=bpe_files | {'HF_HOME': str(tmp_path / 'hf')})
+    assert '1 document' in error_line(failing) and load_meta(folder)['vocab_size'] == 3  # all as it was
+    (tmp_path / 'x.jsonl').write_text('{"text": "a"}\n{"text": "b"}')
+    output = run_script(fresh, folder / 'prepare.py', '--data_files', tmp_path / 'x.jsonl',
+                        env=bpe_files | {'HF_HOME': str(tmp_path / 'hf')})
+    assert f"{folder / 'meta.pkl'}: removed" in output
+    assert load_meta(folder) is None
+    assert sorted(path.name for path in folder.iterdir()) == ['.lock', 'prepare.py', 'train.bin', 'val.bin']

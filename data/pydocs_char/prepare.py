@@ -1,4 +1,4 @@
-"""Make a character-level data set of Python's language reference, which every CPython carries: needs no network.
+"""Make a character-level data set of Python's language reference, which every CPython brings: works offline.
 
     python data/pydocs_char/prepare.py
 
@@ -10,7 +10,9 @@ from pydoc_data.topics import topics
 
 here = Path(__file__).resolve().parent
 sys.path.insert(0, str(here.parents[1]))
-from dataset import write_char_dataset  # noqa: E402
+from dataset import write_char_dataset
+from runtime import one_line_errors
 
 if __name__ == '__main__':
-    write_char_dataset(here, '\n'.join(topics[name] for name in sorted(topics)))
+    with one_line_errors():
+        write_char_dataset(here, '\n'.join(topics[name] for name in sorted(topics)))
