@@ -180,9 +180,9 @@ def load_optimizer(optimizer, state: dict):
                   for fresh, saved in zip(optimizer.param_groups, state['optimizer']['param_groups'], strict=True)]
         optimizer.load_state_dict({'state': state['optimizer']['state'], 'param_groups': groups})
         for p in [p for group in optimizer.param_groups for p in group['params']]:  # their number is all that it checks
-            for key in ('exp_avg', 'exp_avg_sq'):
-                if optimizer.state[p][key].shape != p.shape:
-                    raise ValueError(f"{key} of shape {tuple(optimizer.state[p][key].shape)} for {tuple(p.shape)}")
+            for key, value in optimizer.state[p].items():
+                if key != 'step' and value.shape != p.shape:
+                    raise ValueError(f"{key} of shape {tuple(value.shape)} for {tuple(p.shape)}")
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"the checkpoint's optimizer state doesn't fit its model: {error!r}") from error
 

@@ -52,7 +52,11 @@ n_embd = 768                   # channels; a multiple of n_head
 dropout = 0.0                  # 0 for pretraining, 0.1 and more for finetuning or little data
 bias = False                   # in LayerNorm and Linear layers
 use_alibi = False              # linear attention biases in place of position embeddings
-# optimizer: AdamW
+# optimizer
+optimizer = 'adamw'            # or 'muon': Muon for the matrices of the blocks, AdamW for the rest
+muon_learning_rate = 0.02      # the highest, of Muon's part; the schedule scales it like learning_rate
+muon_momentum = 0.95           # decay of its running mean of the gradient
+muon_steps = 5                 # of Newton-Schulz; fewer are faster and orthogonalize less
 learning_rate = 6e-4           # the highest
 max_iters = 600000             # updates in all
 weight_decay = 1e-1            # of matrices and embeddings
@@ -230,14 +234,15 @@ def train():
     if raw_model.config.use_alibi:
         raw_model.alibi_kernel = alibi_kernel(run.device.type, run.compile, dropout)
         positions = f'ALiBi, computed by {raw_model.alibi_kernel}'
-    optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), run.device.type)
+    opt = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), run.device.type, optimizer,
+                                         muon_learning_rate, muon_momentum, muon_steps)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == 'float16')
     if saved:
-        checkpoint.load_optimizer(optimizer, saved)
+        checkpoint.load_optimizer(opt, saved)
         if scaler.is_enabled() and saved.get('scaler'):
             scaler.load_state_dict(saved['scaler'])
     if T < raw_model.config.block_size:
-        checkpoint.crop_block_size(raw_model, optimizer, T)
+        checkpoint.crop_block_size(raw_model, opt, T)
     config |= {key: getattr(raw_model.config, key) for key in MODEL_SIZES}
     wandb_id = (saved or {}).get('wandb_id') or os.urandom(4).hex()  # a resumed run goes on with the same one
     saved = None                                                    # free its memory
@@ -265,7 +270,7 @@ def train():
         return run.to_device(x), run.to_device(y)                   # (batch_size, T) each
 
     def save_checkpoint(is_best):
-        state = dict(model=raw_model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+        state = dict(model=raw_model.state_dict(), optimizer=opt.state_dict(), scaler=scaler.state_dict(),
                      model_args=checkpoint.model_args(raw_model.config), iter_num=iter_num,
                      best_val_loss=best_val_loss, config=config, meta=meta, wandb_id=wandb_id)
         checkpoint.save(out_dir, state, is_best)
@@ -286,8 +291,8 @@ def train():
     while True:
         # the rate of this update
         lr = cosine_lr(iter_num, learning_rate, min_lr, warmup_iters, lr_decay_iters) if decay_lr else learning_rate
-        for group in optimizer.param_groups:
-            group['lr'] = lr
+        for group in opt.param_groups:
+            group['lr'] = lr * group['lr_ratio']
 
         # evaluate and save
         if iter_num % eval_interval == 0 or iter_num == max_iters or eval_only:
@@ -330,7 +335,7 @@ def train():
                 scaler.scale(loss / len(mine)).backward()
 
         # look at what came out: the same numbers in all processes, so that all stop at the same iteration
-        scaler.unscale_(optimizer)
+        scaler.unscale_(opt)
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in params])
         report = torch.stack((torch.full_like(grad_norm, signals.received), losses.mean(), grad_norm)) / run.world_size
         reports.append((iter_num, run.fetch(run.all_reduce_sum(report))))
@@ -340,12 +345,12 @@ def train():
 
         # the update, unless it would spoil the weights (with float16 the scaler sees to that)
         if run.lag and not scaler.is_enabled():                     # not looked at yet, so the optimizer holds it back
-            optimizer.found_inf = (~report.isfinite().all()).float()
+            opt.found_inf = (~report.isfinite().all()).float()
         if grad_clip and (run.lag or norm > grad_clip):
             torch.nn.utils.clip_grads_with_norm_(params, grad_clip, grad_norm)
-        scaler.step(optimizer)
+        scaler.step(opt)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        opt.zero_grad(set_to_none=True)
 
         # log
         times.append(time.perf_counter() - start)

@@ -173,7 +173,7 @@ def test_a_step_that_found_inf_changes_nothing():
 
 @pytest.mark.parametrize('fixed', [True, False])
 def test_grad_scaler_skips_what_is_not_finite(fixed):
-    """A run whose second gradient is broken ends like one without it; scale fixed at 1, or undone in step()."""
+    """A run whose second gradient is broken is one without it; scale fixed at 1 or undone in step()."""
     def train(iterations):
         params, optimizer = mixed()
         scaler = torch.amp.GradScaler('cpu', init_scale=1.0 if fixed else 1024.0)
@@ -250,3 +250,38 @@ def test_state_round_trip_continues_to_the_bit():
 def test_optimizer_can_be_copied():
     _, optimizer = mixed()
     assert copy.deepcopy(optimizer).param_groups[0]['ns_steps'] == 5
+
+
+def test_configure_optimizers_gives_muon_the_matrices_of_the_blocks():
+    model = GPT(GPTConfig(16, 40, 2, 2, 8, bias=True))
+    names = {p: name for name, p in model.named_parameters()}
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu', 'muon', muon_learning_rate=0.02,
+                                           muon_momentum=0.9, muon_steps=4)
+    q_k_v, others, decayed, vectors = [[names[p] for p in group['params']] for group in optimizer.param_groups]
+    blocks = [f'transformer.h.{i}.' for i in range(2)]
+    assert q_k_v == [block + 'attn.c_attn.weight' for block in blocks]
+    assert others == [block + matrix + '.weight' for block in blocks
+                      for matrix in ('attn.c_proj', 'mlp.c_fc', 'mlp.c_proj')]
+    assert decayed == ['transformer.wte.weight', 'transformer.wpe.weight']
+    assert sorted(q_k_v + others + decayed + vectors) == sorted(names.values())
+    assert [group['lr_ratio'] for group in optimizer.param_groups] == [20, 20, 1, 1]
+    assert [group['weight_decay'] for group in optimizer.param_groups] == [0.1, 0.1, 0.1, 0]
+    assert [group['ns_steps'] for group in optimizer.param_groups[:2]] == [4, 4]
+    assert type(model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')) is torch.optim.AdamW
+    with pytest.raises(ValueError, match="adamw or muon, got 'sgd'"):
+        model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu', 'sgd')
+
+
+def test_a_gpt_learns_a_sequence_by_heart():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(16, 40, 2, 2, 16))
+    optimizer = model.configure_optimizers(0.0, 6e-3, (0.8, 0.95), 'cpu', 'muon')
+    idx = torch.randint(40, (1, 17))
+    losses = []
+    for _ in range(30):
+        _, loss = model(idx[:, :-1], idx[:, 1:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
