@@ -176,6 +176,7 @@ def test_grad_scaler_skips_what_is_not_finite(fixed):
     """A run whose second gradient is broken is one without it; scale fixed at 1 or undone in step()."""
     def train(iterations):
         params, optimizer = mixed()
+        optimizer.register_step_pre_hook(lambda *_: found.append(optimizer.found_inf.item()))
         scaler = torch.amp.GradScaler('cpu', init_scale=1.0 if fixed else 1024.0)
         for iteration in iterations:
             give_gradients(params, iteration)
@@ -189,7 +190,9 @@ def test_grad_scaler_skips_what_is_not_finite(fixed):
             scaler.update(1.0 if fixed else 1024.0)
         return everything(params, optimizer)
 
+    found = []
     assert_equal(train([0, 1, 2]), train([0, 2]))
+    assert found == [0, 1, 0] + [0, 0]  # left to step(), not skipped by the scaler
 
 
 def test_grad_scale_divides_the_gradients():
@@ -247,6 +250,18 @@ def test_state_round_trip_continues_to_the_bit():
     assert_equal(everything(others, resumed), everything(params, optimizer))
 
 
+def test_loaded_step_counts_go_where_the_parameters_are():
+    """On CUDA the fused AdamW wants them there; the device 'meta' stands for it."""
+    saved = mixed()
+    give_gradients(saved[0], 0)
+    saved[1].step()
+    params = [torch.nn.Parameter(p.detach().to('meta')) for p in saved[0]]
+    optimizer = Muon([dict(group, params=[params[i] for i in group['params']])
+                      for group in saved[1].state_dict()['param_groups']])
+    optimizer.load_state_dict(saved[1].state_dict())
+    assert {value.device.type for p in params for value in optimizer.state[p].values()} == {'meta'}
+
+
 def test_optimizer_can_be_copied():
     _, optimizer = mixed()
     assert copy.deepcopy(optimizer).param_groups[0]['ns_steps'] == 5
@@ -257,16 +272,18 @@ def test_configure_optimizers_gives_muon_the_matrices_of_the_blocks():
     names = {p: name for name, p in model.named_parameters()}
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu', 'muon', muon_learning_rate=0.02,
                                            muon_momentum=0.9, muon_steps=4)
-    q_k_v, others, decayed, vectors = [[names[p] for p in group['params']] for group in optimizer.param_groups]
+    groups = optimizer.param_groups
+    q_k_v, others, decayed, vectors = [[names[p] for p in group['params']] for group in groups]
     blocks = [f'transformer.h.{i}.' for i in range(2)]
     assert q_k_v == [block + 'attn.c_attn.weight' for block in blocks]
     assert others == [block + matrix + '.weight' for block in blocks
                       for matrix in ('attn.c_proj', 'mlp.c_fc', 'mlp.c_proj')]
     assert decayed == ['transformer.wte.weight', 'transformer.wpe.weight']
     assert sorted(q_k_v + others + decayed + vectors) == sorted(names.values())
-    assert [group['lr_ratio'] for group in optimizer.param_groups] == [20, 20, 1, 1]
-    assert [group['weight_decay'] for group in optimizer.param_groups] == [0.1, 0.1, 0.1, 0]
-    assert [group['ns_steps'] for group in optimizer.param_groups[:2]] == [4, 4]
+    assert [group['stacked'] for group in groups[:2]] == [3, 1]
+    assert [group['lr_ratio'] for group in groups] == [20, 20, 1, 1]
+    assert [group['weight_decay'] for group in groups] == [0.1, 0.1, 0.1, 0]
+    assert [group['ns_steps'] for group in groups[:2]] == [4, 4]
     assert type(model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')) is torch.optim.AdamW
     with pytest.raises(ValueError, match="adamw or muon, got 'sgd'"):
         model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu', 'sgd')
