@@ -84,8 +84,9 @@ class Muon(torch.optim.Optimizer):
         if grad_scale is not None:
             grads = torch._foreach_div(grads, grad_scale)
         if found_inf is not None:
-            keep = 1 - found_inf                                # 0: the step is skipped
-            grads = [torch.where(found_inf > 0, m, g) for m, g in zip(buffers, grads)]  # lerp(m, m) is m
+            keep = 1 - found_inf                                # 0 where the step is to be skipped
+            skipped = found_inf > 0
+            grads = [torch.where(skipped, m, g) for m, g in zip(buffers, grads)]  # lerp(m, m) is m
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         update = torch.stack(torch._foreach_lerp(grads, buffers, momentum))  # Nesterov's; (n, stacked * R, C)
         R, C = update.size(1) // group['stacked'], update.size(2)
