@@ -16,6 +16,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from optimizer import Muon
+
 
 @dataclass
 class GPTConfig:
@@ -428,12 +430,31 @@ class GPT(nn.Module):
             wpe = self.transformer.wpe.weight
             wpe.data = wpe.data[:block_size].clone()                # still the optimizer's Parameter
 
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type) -> torch.optim.Optimizer:
-        """AdamW (Loshchilov and Hutter 2019) with decay of matrices and embeddings, not of vectors."""
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, optimizer='adamw',
+                             muon_learning_rate=0.02, muon_momentum=0.95,
+                             muon_steps=5) -> torch.optim.Optimizer:
+        """AdamW (Loshchilov and Hutter 2019), or with 'muon' Muon for the matrices of the blocks.
+
+        Matrices and embeddings decay, biases and layer norms do not. Each group has an lr_ratio, its rate
+        over learning_rate, so that one schedule serves all. Raises ValueError for another optimizer.
+        """
+        if optimizer not in ('adamw', 'muon'):
+            raise ValueError(f"optimizer must be adamw or muon, got {optimizer!r}")
         params = [p for p in self.parameters() if p.requires_grad]
-        groups = [dict(params=[p for p in params if p.dim() >= 2], weight_decay=weight_decay),
-                  dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+        groups = []
+        if optimizer == 'muon':
+            muon = dict(lr=muon_learning_rate, lr_ratio=muon_learning_rate / learning_rate,
+                        momentum=muon_momentum, weight_decay=weight_decay)
+            q_k_v = [block.attn.c_attn.weight for block in self.transformer.h]
+            others = [matrix for block in self.transformer.h for matrix in
+                      (block.attn.c_proj.weight, block.mlp.c_fc.weight, block.mlp.c_proj.weight)]
+            groups = [dict(muon, params=q_k_v, stacked=3), dict(muon, params=others, stacked=1)]
+            taken = set(q_k_v + others)
+            params = [p for p in params if p not in taken]
+        adamw = dict(lr=learning_rate, lr_ratio=1.0, betas=betas)
+        groups += [dict(adamw, params=[p for p in params if p.dim() >= 2], weight_decay=weight_decay),
+                   dict(adamw, params=[p for p in params if p.dim() < 2], weight_decay=0.0)]
+        return Muon(groups, muon_steps) if optimizer == 'muon' else torch.optim.AdamW(groups, fused=True)
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops=312e12) -> float:
         """Model FLOPs utilization: the used share of peak_flops (FLOP/s; default: an A100's in bfloat16).

@@ -57,7 +57,11 @@ n_embd = 768                   # channels; a multiple of n_head
 dropout = 0.0                  # 0 for pretraining, 0.1 and more for finetuning or little data
 bias = False                   # in LayerNorm and Linear layers
 use_alibi = False              # linear attention biases in place of position embeddings
-# optimizer: AdamW
+# optimizer
+optimizer = 'adamw'            # or 'muon': Muon for the matrices of the blocks, AdamW for the rest
+muon_learning_rate = 0.02      # the highest of Muon's part; the schedule scales it as it does learning_rate
+muon_momentum = 0.95           # decay of Muon's running mean of the gradient
+muon_steps = 5                 # of Newton-Schulz; fewer are faster and orthogonalize less
 learning_rate = 6e-4           # the highest
 max_iters = 600000             # updates in all
 weight_decay = 1e-1            # of matrices and embeddings
@@ -89,7 +93,8 @@ RANGES = {                     # of settings: the lowest value, and what the val
     'learning_rate': (0, math.inf), 'min_lr': (0, math.inf), 'max_iters': (0, math.inf),
     'warmup_iters': (0, math.inf), 'weight_decay': (0, math.inf), 'beta1': (0, 1), 'beta2': (0, 1),
     'grad_clip': (0, math.inf), 'seed': (0, math.inf), 'save_interval': (0, math.inf),
-    'keep_checkpoints': (0, math.inf), 'timeout': (1, 1e6)}
+    'keep_checkpoints': (0, math.inf), 'timeout': (1, 1e6), 'muon_learning_rate': (0, math.inf),
+    'muon_momentum': (0, 1), 'muon_steps': (1, math.inf)}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -101,6 +106,8 @@ def check_settings(world_size):
     if gradient_accumulation_steps % world_size:
         raise UserError(f"gradient_accumulation_steps={gradient_accumulation_steps} can't be shared by "
                         f"{world_size} processes: make it a multiple of {world_size}")
+    if optimizer not in ('adamw', 'muon'):
+        raise UserError(f"optimizer must be adamw or muon, got {optimizer!r}")
     if init_from in ('scratch', 'resume', 'auto'):
         return
     if is_checkpoint_file(init_from):
@@ -199,15 +206,20 @@ def start_from_pretrained(meta, run):
 
 def make_optimizer(model, saved, T, run):
     """The optimizer and the gradient scaler, in their saved state if there is any. Crops block_size to T."""
-    optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), run.device.type)
+    opt = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), run.device.type, optimizer,
+                                     muon_learning_rate, muon_momentum, muon_steps)
     scaler = run.grad_scaler()
     if saved:
-        checkpoint.load_optimizer(optimizer, saved)
+        before = saved['config'].get('optimizer', 'adamw')
+        if before != optimizer:
+            raise UserError(f"the checkpoint has the state of optimizer={before}: resume with that, "
+                            f"not with optimizer={optimizer}")
+        checkpoint.load_optimizer(opt, saved)
         if run.dtype == 'float16' and saved.get('scaler'):
             scaler.load_state_dict(saved['scaler'])
     if T < model.config.block_size:
-        checkpoint.crop_block_size(model, optimizer, T)
-    return optimizer, scaler
+        checkpoint.crop_block_size(model, opt, T)
+    return opt, scaler
 
 
 def check_data(saved, data):
@@ -473,7 +485,7 @@ def train():
             # the rate of this update
             lr = rate(iter_num)
             for group in optimizer.param_groups:
-                group['lr'] = lr
+                group['lr'] = lr * group['lr_ratio']                # Muon's rate follows AdamW's
 
             # evaluate and save
             if is_evaluated(iter_num):

@@ -2,9 +2,9 @@
 
     python benchmarks/bench_generate.py
 
-The same GPT-2 weights (random ones), greedily, 64 tokens behind a prompt, one side after the other in turn: with
-the cache, the same compiled, transformers' GPT2LMHeadModel.generate with its cache, and once without a cache. All
-write the same tokens.
+The same GPT-2 weights (random ones), greedily, 64 tokens behind a prompt, one side after the other in turn:
+with the cache, the same compiled, transformers' GPT2LMHeadModel.generate with its cache, and once without a
+cache. All write the same tokens.
 """
 import statistics
 import sys

@@ -2,9 +2,9 @@
 
     python benchmarks/bench_memory.py
 
-Each side runs in processes of its own, in turn, since the memory that one leaves behind would hide the other's:
-the peak is the process's resident set, libraries included. Plain: all logits kept, PyTorch's AdamW as it comes.
-Takes some ten minutes and 8 GB.
+Each side runs in processes of its own, in turn, since the memory that one leaves behind would hide the
+other's: the peak is the process's resident set, libraries included. Plain: all logits kept, PyTorch's AdamW
+as it comes. Takes some ten minutes and 8 GB.
 """
 import os
 import re
@@ -38,7 +38,8 @@ def measure(name):
     # the large pages that runtime.py asks for are part of what is built
     environment = {**os.environ, 'THP_MEM_ALLOC_ENABLE': '0' if name == 'plain' else '1'}
     code = CODE.format(root=str(ROOT), make=SIDES[name])
-    done = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True,
+                          check=True)
     return [float(x) for x in re.search(r'time (\S+) peak (\S+)', done.stdout).groups()]
 
 

@@ -47,9 +47,10 @@ def save_and_check(folder):
     size = (folder / 'last.pt').stat().st_size
     load = seconds(lambda: checkpoint.load(folder / 'last.pt'), 3)
     plain = seconds(lambda: torch.load(folder / 'last.pt', map_location='cpu', weights_only=True), 3)
-    interval = 1000 * 4 * 24 * 3600 / 600_000  # GPT-2 (124M): every 1000 of 600,000 iterations, 4 days (8 A100)
-    print(f"a save of {size / 1e9:.2f} GB: {save:.2f} s, {100 * save / interval:.2f}% of the {interval:.0f} s "
-          "between two saves")
+    interval = 1000 * 4 * 24 * 3600 / 600_000  # GPT-2 (124M): 1000 of 600,000 iterations in 4 days (8 A100)
+    share = save / interval
+    print(f"a save of {size / 1e9:.2f} GB: {save:.2f} s, "
+          f"{share:.2%} of the {interval:.0f} s between two saves")
     print(f"a load, checksums included: {load:.2f} s, {load - plain:.2f} s of it for them")
 
     scaler = run.grad_scaler()
@@ -75,9 +76,9 @@ def start_on_a_large_file(folder):
         with open(folder / 'data' / name / 'train.bin', 'wb') as file:
             for start in range(0, n, 10_000_000):
                 file.write(bytes(2 * min(10_000_000, n - start)))
-    command = [sys.executable, ROOT / 'train.py', '--n_layer=1', '--n_head=1', '--n_embd=16', '--block_size=64',
-               '--batch_size=4', '--gradient_accumulation_steps=1', '--max_iters=1', '--eval_iters=1',
-               '--device=cpu', '--compile=False']
+    command = [sys.executable, ROOT / 'train.py', '--n_layer=1', '--n_head=1', '--n_embd=16',
+               '--block_size=64', '--batch_size=4', '--gradient_accumulation_steps=1', '--max_iters=1',
+               '--eval_iters=1', '--device=cpu', '--compile=False']
     times = {'small': [], 'large': []}
     for _ in range(5):
         for name in times:

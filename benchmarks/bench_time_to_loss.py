@@ -1,9 +1,12 @@
-"""How long until the plain character CPU config's final loss: python benchmarks/bench_time_to_loss.py [SEED ...]
+"""How long until the plain character CPU config's final loss.
 
-Trains config/train_shakespeare_char_cpu.py and config/train_shakespeare_char_fast.py with seeds that were not used for tuning,
-side by side: each is held while the other runs, a second or two in turn, so that a machine that slows down slows both.
-Compares training time, evaluations excluded, and the final loss over the whole val split. In windows of 64 tokens both are at
-their trained length; ALiBi takes longer windows too. Draws docs/time_to_loss.png. About eight minutes on two cores.
+    python benchmarks/bench_time_to_loss.py [SEED ...]
+
+Trains config/train_shakespeare_char_cpu.py and config/train_shakespeare_char_fast.py with seeds that were not
+used for tuning, side by side: each is held while the other runs, a second or two in turn, so that a machine
+that slows down slows both. Compares training time, evaluations excluded, and the final loss over the whole
+val split. In windows of 64 tokens both are at their trained length; ALiBi takes longer windows too.
+Draws docs/time_to_loss.png. About eight minutes on two cores.
 """
 import math
 import signal
@@ -14,10 +17,10 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
-import metrics
 from bench_val_loss import whole_split_loss
 
 import checkpoint
+import rundir
 from dataset import load_split
 
 SLICES = dict(cpu=2.0, fast=1.0)  # seconds of each turn, so that both end at about the same time
@@ -26,9 +29,11 @@ SLICES = dict(cpu=2.0, fast=1.0)  # seconds of each turn, so that both end at ab
 def train_in_turn(seed):
     """Train both to the end. Returns their out_dirs."""
     out_dirs = {config: REPO / f'out-{config}-{seed}' for config in SLICES}
-    runs = {config: subprocess.Popen([sys.executable, 'train.py', f'config/train_shakespeare_char_{config}.py', f'--seed={seed}',
-                                      f'--out_dir={out_dir}', '--eval_interval=100', '--log_interval=1'], cwd=REPO, stdout=subprocess.DEVNULL)
-            for config, out_dir in out_dirs.items()}
+    runs = {}
+    for config, out_dir in out_dirs.items():
+        command = [sys.executable, 'train.py', f'config/train_shakespeare_char_{config}.py', f'--seed={seed}',
+                   f'--out_dir={out_dir}', '--eval_interval=100', '--log_interval=1']
+        runs[config] = subprocess.Popen(command, cwd=REPO, stdout=subprocess.DEVNULL)
     for run in runs.values():
         run.send_signal(signal.SIGSTOP)
     while any(run.poll() is None for run in runs.values()):
@@ -45,7 +50,7 @@ def train_in_turn(seed):
 
 def evaluate(out_dir):
     """The training time in seconds, the curve [(seconds, val loss)], and the whole-split loss by window."""
-    records, seconds, curve = metrics.read(out_dir), 0.0, []
+    records, seconds, curve = rundir.read_metrics(out_dir), 0.0, []
     median = statistics.median(record['ms'] for record in records if 'ms' in record)
     usual = statistics.mean(record['ms'] for record in records if record.get('ms', math.inf) < 5 * median)
     for record in records:
@@ -57,8 +62,7 @@ def evaluate(out_dir):
     model = checkpoint.build_model(state).eval()
     losses, data = {}, load_split(REPO / 'data' / state['config']['dataset'], 'val', 64)
     for window in (64, 512) if model.config.use_alibi else (64,):
-        model.config.block_size = window
-        losses[window] = whole_split_loss(model, data, batch_size=16)
+        losses[window] = whole_split_loss(model, data, window, batch_size=16)
     return seconds, curve, losses
 
 
@@ -72,16 +76,20 @@ def main():
         for config, color in (('cpu', 'tab:blue'), ('fast', 'tab:orange')):
             seconds, curve, losses = evaluate(out_dirs[config])
             results[config].append((seconds, losses))
-            print(f"seed {seed}, {config}: {seconds:.1f} s, "
-                  + ', '.join(f"{loss:.4f} in windows of {window}" for window, loss in losses.items()), flush=True)
-            axes.plot(*zip(*curve), color=color, lw=1, label=f'train_shakespeare_char_{config}.py' if len(results[config]) == 1 else None)
+            listed = ', '.join(f"{loss:.4f} in windows of {window}" for window, loss in losses.items())
+            print(f"seed {seed}, {config}: {seconds:.1f} s, {listed}", flush=True)
+            label = f'train_shakespeare_char_{config}.py' if len(results[config]) == 1 else None
+            axes.plot(*zip(*curve), color=color, lw=1, label=label)
     ratios = [fast[0] / plain[0] for fast, plain in zip(results['fast'], results['cpu'])]
-    print(f"time of fast / cpu: {statistics.median(ratios):.3f}, of {', '.join(f'{ratio:.3f}' for ratio in ratios)}")
+    print(f"time of fast / cpu: {statistics.median(ratios):.3f}, "
+          f"of {', '.join(f'{ratio:.3f}' for ratio in ratios)}")
+    plain = statistics.median(losses[64] for _, losses in results['cpu'])
     for window in (64, 512):
-        print(f"median loss of fast in windows of {window}: {statistics.median(losses[window] for _, losses in results['fast']):.4f}, "
-              f"of cpu in windows of 64: {statistics.median(losses[64] for _, losses in results['cpu']):.4f}")
-    axes.axhline(statistics.median(losses[64] for _, losses in results['cpu']), color='gray', lw=0.8, ls='--', label='cpu, final, whole split')
-    axes.set(xlabel='training time (s), evaluations excluded', ylabel='val loss (nats per character)', ylim=(1.8, 3.0))
+        fast = statistics.median(losses[window] for _, losses in results['fast'])
+        print(f"median loss of fast in windows of {window}: {fast:.4f}, of cpu in windows of 64: {plain:.4f}")
+    axes.axhline(plain, color='gray', lw=0.8, ls='--', label='cpu, final, whole split')
+    axes.set(xlabel='training time (s), evaluations excluded', ylabel='val loss (nats per character)',
+             ylim=(1.8, 3.0))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(REPO / 'docs' / 'time_to_loss.png', dpi=110)

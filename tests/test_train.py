@@ -364,7 +364,10 @@ def test_the_settings_are_nanogpts():
         learning_rate=6e-4, max_iters=600000, weight_decay=0.1, beta1=0.9, beta2=0.95, grad_clip=1.0,
         decay_lr=True, warmup_iters=2000, lr_decay_iters=600000, min_lr=6e-5,
         seed=1337, backend='auto', device='auto', dtype='auto', compile='auto')
-    assert default_settings() == expected
+    ours = dict(
+        optimizer='adamw', muon_learning_rate=0.02, muon_momentum=0.95, muon_steps=5, save_interval=0,
+        keep_checkpoints=0, allow_new_data=False, timeout=1800)
+    assert default_settings() == expected | ours
 
 
 @pytest.mark.parametrize('config', sorted(path.name for path in (REPO / 'config').glob('*.py')))
