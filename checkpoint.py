@@ -128,12 +128,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
                   for fresh, old in zip(optimizer.param_groups, saved['param_groups'], strict=True)]
         optimizer.load_state_dict({'state': saved['state'], 'param_groups': groups})
         for group in optimizer.param_groups:                        # it has checked no more than their number
+            keys = ('momentum_buffer',) if 'momentum' in group else ('exp_avg', 'exp_avg_sq')
             for p in group['params']:
-                if not optimizer.state[p]:
-                    raise ValueError(f"no state for a parameter of shape {tuple(p.shape)}")
-                for key, value in optimizer.state[p].items():
-                    if key != 'step' and value.shape != p.shape:
-                        raise ValueError(f"{key} of shape {tuple(value.shape)} for {tuple(p.shape)}")
+                for key in keys:
+                    shape = optimizer.state[p][key].shape
+                    if shape != p.shape:
+                        raise ValueError(f"{key} of shape {tuple(shape)} for {tuple(p.shape)}")
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"the checkpoint's optimizer state doesn't fit its model: {error!r}") from error
 

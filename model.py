@@ -374,7 +374,8 @@ class GPT(nn.Module):
         """
         if cache is None or idx.size(1) > self.max_context:
             return self.prefill(idx, None)
-        logits, _ = (decode or self)(idx[:, -1:], cache=cache)
+        forward = self if decode is None else decode
+        logits, _ = forward(idx[:, -1:], cache=cache)
         return logits[:, -1]
 
     @property

@@ -108,6 +108,8 @@ def check_settings(world_size):
                         f"{world_size} processes: make it a multiple of {world_size}")
     if optimizer not in ('adamw', 'muon'):
         raise UserError(f"optimizer must be adamw or muon, got {optimizer!r}")
+    if optimizer == 'muon' and learning_rate == 0:
+        raise UserError("learning_rate must be above 0 with optimizer=muon, whose rate is scaled along with it")
     if init_from in ('scratch', 'resume', 'auto'):
         return
     if is_checkpoint_file(init_from):
@@ -311,7 +313,7 @@ def open_output(run, writes, config, wandb_id, iter_num, resumed):
         yield log
 
 
-def unless_it_fails(action, name, run):
+def unless_it_fails(action, name, run, hint=''):
     """The action, until it raises anything: then it is off. What only watches a run must not end it."""
     works = True
 
@@ -322,7 +324,8 @@ def unless_it_fails(action, name, run):
                 action(*args, **options)
         except BaseException as error:                              # wandb may raise even SystemExit
             works = False
-            run.print(f"{name} is off for this run: {' '.join(str(error).split()) or type(error).__name__}")
+            reason = ' '.join(str(error).split()) or type(error).__name__
+            run.print(f"{name} is off for this run: {reason}{hint}")
     return attempt
 
 
@@ -333,10 +336,10 @@ def wandb_run(run, config, run_id):
         import wandb  # only here: it is slow to import
         if action == 'init' and os.environ.get('WANDB_MODE', 'online') == 'online':
             if not wandb.login(prompt=False):                       # init would ask for a key and wait
-                raise RuntimeError("there is no key: run wandb login, or set WANDB_MODE=offline")
+                raise RuntimeError("there is no key: run wandb login")
         getattr(wandb, action)(*args, **options)
 
-    attempt = unless_it_fails(call, 'wandb', run)
+    attempt = unless_it_fails(call, 'wandb', run, ' (WANDB_MODE=offline logs to local files)')
     names = {'train_loss': 'train/loss', 'val_loss': 'val/loss', 'loss': 'train/batch_loss'}
     attempt('init', project=wandb_project, name=wandb_run_name, config=config, id=run_id, resume='allow')
     try:
