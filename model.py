@@ -375,7 +375,8 @@ class GPT(nn.Module):
         if cache is None or idx.size(1) > self.max_context:
             return self.prefill(idx, None)
         forward = self if decode is None else decode
-        logits, _ = forward(idx[:, -1:], cache=cache)
+        new = idx[:, -1:].clone(memory_format=torch.contiguous_format)  # whose strides are always the same
+        logits, _ = forward(new, cache=cache)                       # (B, 1, V)
         return logits[:, -1]
 
     @property

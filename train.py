@@ -109,7 +109,7 @@ def check_settings(world_size):
     if optimizer not in ('adamw', 'muon'):
         raise UserError(f"optimizer must be adamw or muon, got {optimizer!r}")
     if optimizer == 'muon' and learning_rate == 0:
-        raise UserError("learning_rate must be above 0 with optimizer=muon, whose rate is scaled along with it")
+        raise UserError("learning_rate must be above 0 with optimizer=muon: both rates follow one schedule")
     if init_from in ('scratch', 'resume', 'auto'):
         return
     if is_checkpoint_file(init_from):
