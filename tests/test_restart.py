@@ -1,0 +1,119 @@
+"""A run that a cluster kills, restarts and requeues loses nothing."""
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import (
+    TINY,
+    arguments,
+    environment,
+    load_state,
+    read_metrics,
+    run_script,
+    same_weights,
+    torchrun,
+)
+
+from dataset import write_char_dataset
+from runtime import UserError
+
+
+def test_auto_starts_a_run_and_goes_on_with_it(run_train, capsys):
+    whole = run_train('whole')
+    run_train('parts', init_from='auto', max_iters=10)
+    assert 'resuming' not in capsys.readouterr().out
+    parts = run_train('parts', init_from='auto')
+    assert 'resuming from' in capsys.readouterr().out
+    assert same_weights(whole, parts) and not (parts / 'previous').exists()
+
+
+def test_the_same_scratch_command_three_times_deletes_nothing(run_train):
+    out_dir = run_train(max_iters=10, seed=1)
+    run_train(max_iters=10, seed=2)
+    run_train(max_iters=10, seed=3)
+    folders = (out_dir / 'previous', out_dir / 'previous-2', out_dir)
+    assert [load_state(folder)['config']['seed'] for folder in folders] == [1, 2, 3]
+
+
+def test_save_interval(run_train, monkeypatch):
+    """last.pt between evaluations; a resume from there ends in the weights of one run."""
+    whole = run_train('whole', eval_interval=20)
+    parts = run_train('parts', eval_interval=20, save_interval=3, max_iters=10)
+    import rundir
+    saved, save = [], rundir.save
+
+    def spy(out_dir, state, is_best, keep=0):
+        saved.append((state['iter_num'], is_best))
+        save(out_dir, state, is_best, keep)
+        if len(saved) == 2:
+            raise KeyboardInterrupt                                 # gone without a word
+    monkeypatch.setattr(rundir, 'save', spy)
+    with pytest.raises(KeyboardInterrupt):
+        run_train('parts', eval_interval=20, save_interval=3, init_from='resume')
+    assert saved == [(12, False), (15, False)]
+    monkeypatch.setattr(rundir, 'save', save)
+    run_train('parts', eval_interval=20, save_interval=3, init_from='resume')
+    assert same_weights(whole, parts)
+
+
+def test_going_back_to_a_kept_state(run_train):
+    """From iter-000010.pt the run takes the same way again."""
+    out_dir = run_train(keep_checkpoints=2, eval_interval=5)
+    assert sorted(path.name for path in out_dir.glob('iter-*')) == ['iter-000015.pt', 'iter-000020.pt']
+    first = load_state(out_dir)['model']
+    run_train(keep_checkpoints=2, eval_interval=5, init_from=str(out_dir / 'iter-000015.pt'))
+    again = load_state(out_dir)['model']
+    assert all((first[key] == again[key]).all() for key in first)
+    assert [r['iter'] for r in read_metrics(out_dir) if 'val_loss' in r] == [0, 5, 10, 15, 20]
+    with pytest.raises(UserError, match='is not in out_dir'):
+        run_train('other', init_from=str(out_dir / 'iter-000015.pt'))
+
+
+def test_other_data_is_refused_unless_allowed(run_train, checkout):
+    folder = checkout / 'data/changing'
+    folder.mkdir(exist_ok=True)
+    write_char_dataset(folder, 'abcdefg ' * 400)
+    run_train(dataset='changing', max_iters=10)
+    write_char_dataset(folder, 'abcdefg ' * 400 + 'gfedcba ' * 40)
+    with pytest.raises(UserError, match='data/changing has changed.*train, val.*allow_new_data'):
+        run_train(dataset='changing', init_from='resume')
+    run_train(dataset='changing', init_from='resume', allow_new_data=True)
+
+
+def test_the_other_optimizer_is_refused_in_one_line(run_train):
+    out_dir = run_train(max_iters=10, optimizer='muon')
+    with pytest.raises(UserError, match='has the state of optimizer=muon'):
+        run_train(init_from='resume')
+    whole = run_train('whole', optimizer='muon')
+    run_train(init_from='resume', optimizer='muon')
+    assert same_weights(whole, out_dir)
+
+
+@pytest.mark.slow
+def test_max_restarts_with_two_kills(checkout, tmp_path):
+    """One of two processes is killed twice: torchrun restarts both, to the weights of a run left alone."""
+    options = TINY | dict(max_iters=600, lr_decay_iters=600, eval_interval=20, learning_rate=1e-3)
+    torchrun(checkout, 2, 'train.py', *arguments(**options, out_dir=tmp_path / 'whole'))
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+               '--max-restarts=3', 'train.py', *arguments(**options, out_dir=tmp_path / 'parts')]
+    process = subprocess.Popen(command, cwd=checkout, env=environment(), text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT)
+    lines, kills = [], ['step 100:', 'step 300:']
+    for line in process.stdout:
+        lines.append(line)
+        if kills and line.startswith(kills[0]):
+            kills.pop(0)
+            children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
+            os.kill(int(children[-1]), signal.SIGKILL)
+    assert process.wait(timeout=60) == 0, ''.join(lines)
+    assert ''.join(lines).count('resuming from') == 2
+    assert same_weights(tmp_path / 'whole', tmp_path / 'parts')
+
+
+def test_rank_without_torchrun_is_one_line(checkout, tmp_path):
+    options = arguments(**TINY, out_dir=tmp_path / 'out')
+    output = run_script(checkout, 'train.py', *options, env={'RANK': '0'}, status=1)
+    assert 'error: RANK is set, but not WORLD_SIZE' in output and 'Traceback' not in output
