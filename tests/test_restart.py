@@ -117,3 +117,15 @@ def test_rank_without_torchrun_is_one_line(checkout, tmp_path):
     options = arguments(**TINY, out_dir=tmp_path / 'out')
     output = run_script(checkout, 'train.py', *options, env={'RANK': '0'}, status=1)
     assert 'error: RANK is set, but not WORLD_SIZE' in output and 'Traceback' not in output
+
+
+@pytest.mark.slow
+def test_a_compiled_run_resumes_to_the_bit_on_two_threads(checkout, tmp_path):
+    """Inductor would add up the embedding's gradient in whatever order the threads come."""
+    options = TINY | dict(n_head=4, n_embd=128, block_size=64, batch_size=12, dropout=0.0, compile=True)
+    parts = arguments(**options, out_dir=tmp_path / 'parts')
+    threads = {'OMP_NUM_THREADS': '2'}
+    run_script(checkout, 'train.py', *arguments(**options, out_dir=tmp_path / 'whole'), env=threads)
+    run_script(checkout, 'train.py', *parts, '--max_iters=10', env=threads)
+    run_script(checkout, 'train.py', *parts, '--init_from=resume', env=threads)
+    assert same_weights(tmp_path / 'whole', tmp_path / 'parts')
