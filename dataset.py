@@ -101,7 +101,7 @@ def _install(new: Path, folder: Path):
     The old train.bin goes first and the new one comes last. A process killed in between leaves a folder
     without train.bin, which load_split reports, and never token ids with a meta.pkl that isn't theirs.
     """
-    assert (new / 'train.bin').exists() and (new / 'val.bin').exists()
+    assert (new / 'train.bin').exists() and (new / 'val.bin').exists(), "a data set needs both splits"
     for path in new.iterdir():
         if path.suffix in ('.bin', '.pkl'):
             with open(path, 'rb+') as file:
