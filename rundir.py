@@ -12,7 +12,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -55,10 +55,10 @@ def lock(out_dir) -> Iterator[None]:
         yield
 
 
-def set_aside(out_dir) -> Path | None:
+def set_aside(out_dir, say: Callable = print) -> Path | None:
     """Move what an earlier run left in out_dir to a new folder in it, previous/, previous-2/, ...; return it.
 
-    Traces of a run that never saved a checkpoint are removed instead.
+    Traces of a run that never saved a checkpoint are removed instead. say(text) is told where the run went.
     """
     out_dir = Path(out_dir)
     states = [out_dir / name for name in RESUME if (out_dir / name).exists()] + kept_states(out_dir)
@@ -72,6 +72,7 @@ def set_aside(out_dir) -> Path | None:
     previous.mkdir()
     for path in states + others:
         os.replace(path, previous / path.name)
+    say(f"moved the earlier run in {out_dir} to {previous}")
     return previous
 
 
@@ -194,10 +195,10 @@ def read_metrics(out_dir) -> list[dict]:
     return parse_metrics(out_dir)[0]
 
 
-def drop_metrics(out_dir, iter_num: int, evaluates: bool) -> None:
+def drop_metrics(out_dir, iter_num: int, evaluates: bool, say: Callable = print) -> None:
     """Drop the records that a run resumed at iter_num writes again; evaluates: its evaluation there too.
 
-    A file with lines that are no records is moved aside, and its records go into a new one.
+    A file with other lines than records is moved aside, its records go into a new one, and say(text) is told.
     """
     path = Path(out_dir) / 'metrics.jsonl'
     try:
@@ -207,8 +208,8 @@ def drop_metrics(out_dir, iter_num: int, evaluates: bool) -> None:
     if n_bad:
         aside = unused_name(path.parent, 'metrics.jsonl.bad')
         os.replace(path, aside)
-        print(f"{path} holds more than records of a run: it is now {aside}, and {len(records)} records of it "
-              "are kept")
+        say(f"{path} holds more than records of a run: it is now {aside}, and {len(records)} records of it "
+            "are kept")
     kept = [record for record in records if record['iter'] < iter_num
             or (record['iter'] == iter_num and 'val_loss' in record and not evaluates)]
     with atomic_write(path, 'w', encoding='utf-8') as file:

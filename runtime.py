@@ -319,8 +319,8 @@ def processes(device='auto', dtype='auto', compile='auto', backend='auto', timeo
         raise
     finally:
         dist.destroy_process_group()
-        # gloo's threads let go of the last tensors under the interpreter's lock. If the interpreter ends first,
-        # they abort this process or hang it (PyTorch 2.13; DDP keeps them alive beyond the process group)
+        # gloo's threads let go of the last tensors under the interpreter's lock. If the interpreter ends
+        # first they abort this process, or hang it (PyTorch 2.13: DDP keeps them alive beyond the group)
         time.sleep(0.1)
 
 

@@ -110,17 +110,26 @@ def check_settings(world_size):
         raise UserError(f"optimizer must be adamw or muon, got {optimizer!r}")
     if optimizer == 'muon' and learning_rate == 0:
         raise UserError("learning_rate must be above 0 with optimizer=muon: both rates follow one schedule")
+    check_init_from()
+
+
+def check_init_from():
+    """Raise UserError for an init_from that names nothing to start from."""
     if init_from in ('scratch', 'resume', 'auto'):
         return
+    source, own_folder = Path(init_from).resolve(), Path(out_dir).resolve()
     if is_checkpoint_file(init_from):
-        if Path(init_from).resolve().parent != Path(out_dir).resolve():
+        if source.parent != own_folder:
             raise UserError(f"init_from={init_from} is not in out_dir={out_dir}: a run can go back only to a "
                             "state of its own")
-        return
-    if not init_from.startswith('gpt2') and not Path(init_from).is_dir():
+    elif rundir.has_state(init_from):
+        if source == own_folder:
+            raise UserError(f"init_from={init_from} is out_dir itself: use --init_from=resume to go on with "
+                            "that run, or another --out_dir for a new one")
+    elif not init_from.startswith('gpt2') and not source.is_dir():
         raise UserError("init_from must be scratch, resume, auto, gpt2, gpt2-medium, gpt2-large, gpt2-xl, "
                         f"a folder or a checkpoint, got {init_from!r}")
-    if use_alibi:
+    elif use_alibi:
         raise UserError("use_alibi=True can't start from GPT-2's weights: they were trained with position "
                         "embeddings")
 
@@ -133,11 +142,14 @@ def cosine_lr(step, peak, floor, warmup, total):
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def rate(iter_num):
-    """The learning rate of update iter_num."""
-    if not decay_lr:
-        return learning_rate
-    return cosine_lr(iter_num, learning_rate, min_lr, warmup_iters, lr_decay_iters)
+def set_rate(opt, iter_num):
+    """Set the learning rate of update iter_num, and return it."""
+    lr = learning_rate
+    if decay_lr:
+        lr = cosine_lr(iter_num, learning_rate, min_lr, warmup_iters, lr_decay_iters)
+    for group in opt.param_groups:
+        group['lr'] = lr * group['lr_ratio']                        # Muon's rate follows AdamW's
+    return lr
 
 
 # where a run starts: each returns a model and the state to resume from, {} for a new run
@@ -159,7 +171,7 @@ def choose_start(run):
             resumable = rundir.load_for_resume(out_dir)[0].get('launch') == launch_id()
         if run.any_process(resumable):                              # all do what the first says
             return resume
-    return start_from_scratch if init_from in ('scratch', 'auto') else start_from_pretrained
+    return start_from_scratch if init_from in ('scratch', 'auto') else start_from_weights
 
 
 def launch_id():
@@ -186,24 +198,49 @@ def resume(meta, run):
         raise UserError(f"{path} has {iter_num} iterations behind it, more than max_iters={max_iters}: "
                         "there is nothing to do")
     run.print(f"resuming from {path} at iteration {iter_num}")
-    # every setting that differs; the checkpoint keeps the sizes, but its block_size can be cropped
-    sizes = {key: state['model_args'].get(key, False) for key in MODEL_SIZES}  # nanoGPT knows no use_alibi
-    for key, old in {**state['config'], **sizes}.items():
-        new = globals()[key] if key in setting_names else old
-        if old != new and key != 'init_from':
-            is_kept = key in MODEL_SIZES and not (key == 'block_size' and new < old)
-            note = ": the checkpoint's is used" if is_kept else ''
-            run.print(f"{key}: {old!r} in the checkpoint, {new!r} now{note}")
+    sizes = saved_sizes(state)
+    cropped = {'block_size'} if block_size < sizes['block_size'] else set()
+    print_differences(run, {**state['config'], **sizes}, kept=set(MODEL_SIZES) - cropped)
     return checkpoint.build_model(state, dropout=dropout), state
 
 
-def start_from_pretrained(meta, run):
-    """GPT-2, or a folder with one of transformers."""
-    model = checkpoint.pretrained(init_from, dropout)
-    if meta and meta['vocab_size'] > model.config.vocab_size:
-        raise UserError(f"data/{dataset} has {meta['vocab_size']} token ids, but {init_from} has "
-                        f"{model.config.vocab_size}")
-    return model, {}
+def start_from_weights(meta, run):
+    """A new run with the weights from another's out_dir, from GPT-2, or from a GPT-2 in transformers' format.
+
+    With ALiBi block_size may be larger than the weights were trained with: train short, go on long.
+    """
+    if not rundir.has_state(init_from):
+        model = checkpoint.pretrained(init_from, dropout)
+        if meta and meta['vocab_size'] > model.config.vocab_size:
+            raise UserError(f"data/{dataset} has {meta['vocab_size']} token ids, but {init_from} has "
+                            f"{model.config.vocab_size}")
+        return model, {}
+    path = rundir.find(init_from, rundir.SAMPLE)
+    state = checkpoint.load(path)
+    checkpoint.check_vocabulary(state, meta, dataset)
+    sizes = saved_sizes(state)
+    run.print(f"starting with the weights of {path}")
+    print_differences(run, sizes, kept=set(MODEL_SIZES) - {'block_size'})
+    if sizes['use_alibi']:
+        return checkpoint.build_model(state, dropout=dropout, block_size=block_size), {}
+    if block_size > sizes['block_size']:
+        raise UserError(f"{path} has position embeddings for block_size={sizes['block_size']}, not for "
+                        f"{block_size}: use --block_size={sizes['block_size']} or less, or train with ALiBi")
+    return checkpoint.build_model(state, dropout=dropout), {}
+
+
+def saved_sizes(state):
+    """The settings in MODEL_SIZES that a checkpoint's model has."""
+    return {key: state['model_args'].get(key, False) for key in MODEL_SIZES}  # nanoGPT knows no use_alibi
+
+
+def print_differences(run, saved, kept):
+    """Print each setting that differs from the saved one, which counts for those in `kept`."""
+    for key, old in saved.items():
+        new = globals()[key] if key in setting_names else old
+        if old != new and key != 'init_from':
+            note = ": the checkpoint's is used" if key in kept else ''
+            run.print(f"{key}: {old!r} in the checkpoint, {new!r} now{note}")
 
 
 def make_optimizer(model, saved, T, run):
@@ -224,13 +261,16 @@ def make_optimizer(model, saved, T, run):
     return opt, scaler
 
 
-def check_data(saved, data):
-    """Raise UserError if the data set is not that of the checkpoint, unless the settings allow it."""
+def load_data(saved, T):
+    """The tokens of both splits, and what identifies their files. Raises UserError if a resume has others."""
+    splits = {split: load_split(Path('data') / dataset, split, T) for split in ('train', 'val')}
+    data = {split: identity(tokens) for split, tokens in splits.items()}
     before = saved.get('data', data)                                # nanoGPT's files don't say
     changed = [split for split in data if data[split] != before.get(split)]
     if changed and not allow_new_data:
         raise UserError(f"data/{dataset} has changed since the checkpoint ({', '.join(changed)}): resume "
                         "with the old data, or on the new data with --allow_new_data=True")
+    return splits, data
 
 
 # what is said of a run
@@ -285,17 +325,15 @@ def check_update(iter_num, loss, norm, last_saved, dtype):
 
 
 @contextmanager
-def open_output(run, writes, config, wandb_id, iter_num, resumed):
+def open_log(run, writes, config, wandb_id, iter_num, resumed):
     """Enter out_dir and wandb's run. Gives a function that prints, stores, sends and draws a record."""
     with ExitStack() as stack:
         if writes:
             stack.enter_context(rundir.lock(out_dir))
             if resumed:
-                rundir.drop_metrics(out_dir, iter_num, evaluates=is_evaluated(iter_num))
+                rundir.drop_metrics(out_dir, iter_num, is_evaluated(iter_num), run.print)
             else:
-                previous = rundir.set_aside(out_dir)
-                if previous:
-                    run.print(f"moved the earlier run in {out_dir} to {previous}")
+                rundir.set_aside(out_dir, run.print)
         send = None
         if wandb_log and run.is_master:
             send = stack.enter_context(wandb_run(run, config, wandb_id))
@@ -416,14 +454,11 @@ def train():
         check_settings(run.world_size)
 
         # model, optimizer and data
-        folder = Path('data') / dataset
-        meta = load_meta(folder)
+        meta = load_meta(Path('data') / dataset)
         start = choose_start(run)
         raw_model, saved = start(meta, run)
         T = min(block_size, raw_model.config.block_size)
-        splits = {split: load_split(folder, split, T) for split in ('train', 'val')}
-        data = {split: identity(tokens) for split, tokens in splits.items()}
-        check_data(saved, data)
+        splits, data = load_data(saved, T)
         raw_model.train().to(run.device)
         optimizer, scaler = make_optimizer(raw_model, saved, T, run)
         params = list(raw_model.parameters())
@@ -433,10 +468,10 @@ def train():
         print_sizes(run, raw_model, splits, T)
 
         # where the run stands
-        iter_num = saved.get('iter_num', 0)
+        iter_num = first_iter = saved.get('iter_num', 0)
+        last_saved = iter_num if saved else None
         best_val_loss = float(saved.get('best_val_loss', math.inf))
         wandb_id = saved.get('wandb_id') or os.urandom(4).hex()     # a resumed run continues the same one
-        last_saved = iter_num if saved else None
         config = {name: globals()[name] for name in setting_names}
         config |= {key: getattr(raw_model.config, key) for key in MODEL_SIZES}
         del saved                                                   # and its memory
@@ -444,7 +479,7 @@ def train():
         # what it does again and again
         signals = stack.enter_context(runtime.StopSignals())
         writes = run.is_master and not eval_only
-        log = stack.enter_context(open_output(run, writes, config, wandb_id, iter_num, start is resume))
+        log = stack.enter_context(open_log(run, writes, config, wandb_id, iter_num, start is resume))
 
         def save(is_best=False, keep=0):
             nonlocal last_saved
@@ -472,76 +507,64 @@ def train():
             return run.any_process(signals.received)
 
         def before_step(loss):
-            # the loss vouches for the weights, so this is where they can be saved or the run can stop
-            if stop_requested():
-                return False
-            if save_interval and iter_num % save_interval == 0 and iter_num not in (0, last_saved):
-                check_finite(f"iteration {iter_num}", {'loss': run.mean(loss)}, last_saved,
-                             "It was not saved. ")
+            """Save if it is time, as the loss vouches for the weights. Returns False to stop the run."""
+            stop = stop_requested()
+            is_due = save_interval > 0 and iter_num % save_interval == 0 and iter_num != last_saved
+            if (stop or is_due) and iter_num > 0 and not eval_only:
+                where = f"interrupted at iteration {iter_num}" if stop else f"iteration {iter_num}"
+                check_finite(where, {'loss': run.mean(loss)}, last_saved, "It was not saved. ")
                 save()
-            return True
+            return not stop
 
         peak_flops = runtime.peak_flops(run)
         seconds = []                                                # of each iteration since the last log
-        is_first, stopping = True, False                            # the first iteration compiles
         while True:
-            # the rate of this update
-            lr = rate(iter_num)
-            for group in optimizer.param_groups:
-                group['lr'] = lr * group['lr_ratio']                # Muon's rate follows AdamW's
+            lr = set_rate(optimizer, iter_num)
 
             # evaluate and save
+            losses = None
             if is_evaluated(iter_num):
                 losses = evaluate(model, run, get_batch, stop_requested)
-                stopping = losses is None                           # which is seen to at the update
-                if not stopping:
-                    check_finite(f"step {iter_num}", losses, last_saved)
-                    is_best = losses['val_loss'] <= best_val_loss
-                    best_val_loss = min(losses['val_loss'], best_val_loss)
-                    log({'iter': iter_num, **losses, 'lr': lr})
-                    if iter_num > 0 and not eval_only:
-                        save(is_best or always_save_checkpoint, keep_checkpoints)
-            if eval_only or (iter_num >= max_iters and not stopping):
-                break
+            if losses is not None:
+                check_finite(f"step {iter_num}", losses, last_saved)
+                is_best = losses['val_loss'] <= best_val_loss
+                best_val_loss = min(losses['val_loss'], best_val_loss)
+                log({'iter': iter_num, **losses, 'lr': lr})
+                if iter_num > 0 and not eval_only:
+                    save(is_best or always_save_checkpoint, keep_checkpoints)
+                if eval_only or iter_num >= max_iters:
+                    break
 
             # the update
             start_time = time.perf_counter()
             loss, norm = update(ddp_model, params, optimizer, scaler, run, get_micro_batch, n_batches,
                                 grad_clip, before_step)
-            stopping = norm is None
-            if stopping:
-                break
+            if norm is None:
+                is_saved = iter_num > 0 and not eval_only
+                hint = "resume with --init_from=resume" if is_saved else "nothing to save"
+                run.print(f"interrupted at iteration {iter_num}: {hint}")
+                return
 
-            # log
+            # log; only here the device is waited for
             is_logged = iter_num % log_interval == 0
-            if is_logged or is_evaluated(iter_num + 1):             # only here the device is waited for
+            if is_logged or is_evaluated(iter_num + 1):
                 loss, norm = run.mean(loss), norm.item()
                 check_update(iter_num, loss, norm, last_saved, run.dtype)
             seconds.append(time.perf_counter() - start_time)
             if is_logged:
                 dt = sum(seconds) / len(seconds)
                 record = {'iter': iter_num, 'loss': loss, 'lr': lr, 'grad_norm': norm, 'ms': 1000 * dt}
-                if not is_first:
+                if iter_num > first_iter:
                     record['tokens_per_s'] = gradient_accumulation_steps * batch_size * T / dt
                     if peak_flops:
                         record['mfu'] = raw_model.estimate_mfu(n_batches * batch_size, dt, peak_flops)
                 log(record)
-            if is_logged or is_first:
-                seconds, is_first = [], False
+            if is_logged or iter_num == first_iter:                 # the first iteration compiles
+                seconds = []
 
-            # the next
             iter_num += 1
 
-        # the end
-        if stopping and not eval_only and iter_num > 0:
-            # the loss of the update that was not made vouches for the weights
-            check_finite(f"interrupted at iteration {iter_num}", {'loss': run.mean(loss)}, last_saved,
-                         "It was not saved. ")
-            save()
-            run.print(f"interrupted at iteration {iter_num}. To go on: the same with --init_from=resume")
-        elif stopping:
-            run.print(f"interrupted at iteration {iter_num}: nothing to save")
-        elif not eval_only:
+        if not eval_only:
             run.print(f"done: {iter_num} iterations, best val loss {best_val_loss:.4f}; "
                       f"see {out_dir}/loss.png")
 

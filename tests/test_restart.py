@@ -10,6 +10,7 @@ from conftest import (
     TINY,
     arguments,
     environment,
+    evaluations,
     load_state,
     read_metrics,
     run_script,
@@ -17,8 +18,9 @@ from conftest import (
     torchrun,
 )
 
-from dataset import write_char_dataset
-from runtime import UserError
+import rundir
+from dataset import draw_batch, load_split, write_char_dataset
+from runtime import EVAL_VAL, UserError, derive_seed
 
 
 def test_auto_starts_a_run_and_goes_on_with_it(run_train, capsys):
@@ -42,7 +44,6 @@ def test_save_interval(run_train, monkeypatch):
     """last.pt between evaluations; a resume from there ends in the weights of one run."""
     whole = run_train('whole', eval_interval=20)
     parts = run_train('parts', eval_interval=20, save_interval=3, max_iters=10)
-    import rundir
     saved, save = [], rundir.save
 
     def spy(out_dir, state, is_best, keep=0):
@@ -70,6 +71,55 @@ def test_going_back_to_a_kept_state(run_train):
     assert [r['iter'] for r in read_metrics(out_dir) if 'val_loss' in r] == [0, 5, 10, 15, 20]
     with pytest.raises(UserError, match='is not in out_dir'):
         run_train('other', init_from=str(out_dir / 'iter-000015.pt'))
+
+
+def test_a_new_run_takes_the_weights_of_another(run_train, capsys):
+    """It starts at iteration 0 with the other's last loss, and leaves the other's folder alone."""
+    source = run_train()
+    files = {path: path.read_bytes() for path in source.iterdir() if path.is_file()}
+    new = run_train('new', init_from=str(source), n_embd=64, max_iters=10, dropout=0.0)
+    output = capsys.readouterr().out
+    assert f'starting with the weights of {source}/ckpt.pt' in output
+    assert "n_embd: 32 in the checkpoint, 64 now: the checkpoint's is used" in output
+    assert evaluations(new)[0]['val_loss'] == evaluations(source)[-1]['val_loss']
+    state = load_state(new)
+    assert state['iter_num'] == 10 and state['model_args']['n_embd'] == 32
+    assert state['model_args']['dropout'] == 0.0 and state['config']['init_from'] == str(source)
+    assert state['optimizer']['state'][0]['step'] == 10             # a fresh optimizer's
+    assert {path: path.read_bytes() for path in files} == files
+
+
+def test_alibi_goes_on_with_longer_sequences(run_train):
+    """Train short, go on long: the weights of 32 tokens in a run with 64, scored as the model itself does."""
+    source = run_train(use_alibi=True)
+    new = run_train('new', init_from=str(source), use_alibi=True, block_size=64, max_iters=10)
+    state = load_state(new)
+    assert state['model_args']['block_size'] == 64 and state['config']['block_size'] == 64
+    model, old, _ = rundir.load_for_sampling(source)
+    tokens = load_split('data/pydocs_char', 'val', 64)
+    batches = [draw_batch(tokens, 4, 64, old['model_args']['vocab_size'], derive_seed(1337, EVAL_VAL, k))
+               for k in range(2)]
+    expected = sum(model(x, y)[1].item() for x, y in batches) / 2
+    assert evaluations(new)[0]['val_loss'] == pytest.approx(expected, abs=1e-6)
+
+
+def test_learned_positions_can_only_be_cropped(run_train):
+    source = run_train()
+    cropped = load_state(run_train('new', init_from=str(source), block_size=16))
+    assert cropped['model_args']['block_size'] == 16
+    with pytest.raises(UserError, match='has position embeddings for block_size=32, not for 64'):
+        run_train('longer', init_from=str(source), block_size=64)
+
+
+def test_a_folder_that_is_no_start(run_train, checkout):
+    source = run_train(max_iters=10)
+    with pytest.raises(UserError, match='is out_dir itself: use --init_from=resume'):
+        run_train(init_from=str(source))
+    folder = checkout / 'data/otherwise'
+    folder.mkdir(exist_ok=True)
+    write_char_dataset(folder, 'abcdefg ' * 400)
+    with pytest.raises(UserError, match='data/otherwise has another vocabulary'):
+        run_train('new', init_from=str(source), dataset='otherwise')
 
 
 def test_other_data_is_refused_unless_allowed(run_train, checkout):
