@@ -1,12 +1,11 @@
-"""How long until the plain character CPU config's final loss.
+"""How long until nanoGPT's loss on tiny Shakespeare, on a CPU, and which loss at its time.
 
     python benchmarks/bench_time_to_loss.py [SEED ...]
 
-Trains config/train_shakespeare_char_cpu.py and config/train_shakespeare_char_fast.py with seeds that were not
-used for tuning, side by side: each is held while the other runs, a second or two in turn, so that a machine
-that slows down slows both. Compares training time, evaluations excluded, and the final loss over the whole
-val split. In windows of 64 tokens both are at their trained length; ALiBi takes longer windows too.
-Draws docs/time_to_loss.png. About eight minutes on two cores.
+Trains nanoGPT's settings (config/train_shakespeare_char_cpu.py) and the two configs with Muon, with seeds
+that were not used for tuning, side by side: each is held while the others run, a second or two in turn, so
+that a machine that slows down slows all. Compares training time, evaluations excluded, and the final loss
+over the whole val split. Draws docs/time_to_loss.png. About twelve minutes on two cores.
 """
 import math
 import signal
@@ -23,12 +22,17 @@ import checkpoint
 import rundir
 from dataset import load_split
 
-SLICES = dict(cpu=2.0, fast=1.0)  # seconds of each turn, so that both end at about the same time
+CONFIGS = ('cpu', 'fast', 'muon_cpu')                               # config/train_shakespeare_char_NAME.py
+SLICES = dict(cpu=2.0, fast=0.5, muon_cpu=2.0)                      # seconds of each turn
+LABELS = dict(cpu="AdamW, nanoGPT's settings", fast='Muon + ALiBi, a short run',
+              muon_cpu="Muon + ALiBi, a run of the same time")
+WINDOWS = (64, 128, 512)                                            # of the losses; past 64 only with ALiBi
+COLORS = dict(cpu='tab:blue', fast='tab:orange', muon_cpu='tab:green')
 
 
 def train_in_turn(seed):
-    """Train both to the end. Returns their out_dirs."""
-    out_dirs = {config: REPO / f'out-{config}-{seed}' for config in SLICES}
+    """Train all to the end. Returns their out_dirs."""
+    out_dirs = {config: REPO / f'out-{config}-{seed}' for config in CONFIGS}
     runs = {}
     for config, out_dir in out_dirs.items():
         command = [sys.executable, 'train.py', f'config/train_shakespeare_char_{config}.py', f'--seed={seed}',
@@ -61,35 +65,43 @@ def evaluate(out_dir):
     state = checkpoint.load(out_dir / 'last.pt')
     model = checkpoint.build_model(state).eval()
     losses, data = {}, load_split(REPO / 'data' / state['config']['dataset'], 'val', 64)
-    for window in (64, 512) if model.config.use_alibi else (64,):
+    for window in WINDOWS if model.config.use_alibi else WINDOWS[:1]:
         losses[window] = whole_split_loss(model, data, window, batch_size=16)
     return seconds, curve, losses
 
 
+def report(results):
+    """Print the medians over the seeds. results[config]: (seconds, {window: loss}) of each."""
+    plain_loss = statistics.median(losses[64] for _, losses in results['cpu'])
+    print(f"cpu: median loss {plain_loss:.4f} in windows of 64")
+    for config in CONFIGS[1:]:
+        ratios = [ours[0] / plain[0] for ours, plain in zip(results[config], results['cpu'])]
+        print(f"{config}: time / cpu {statistics.median(ratios):.3f} "
+              f"({', '.join(f'{ratio:.3f}' for ratio in ratios)})")
+        for window in WINDOWS:
+            loss = statistics.median(losses[window] for _, losses in results[config])
+            print(f"{config}: median loss {loss:.4f} in windows of {window}")
+    return plain_loss
+
+
 def main():
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(8, 5), layout='constrained')
+    figure = Figure(figsize=(7, 4.5), layout='constrained')
     axes = figure.subplots()
-    results = {'cpu': [], 'fast': []}
+    results = {config: [] for config in CONFIGS}
     for seed in map(int, sys.argv[1:] or (41, 42, 43)):
         out_dirs = train_in_turn(seed)
-        for config, color in (('cpu', 'tab:blue'), ('fast', 'tab:orange')):
+        for config in CONFIGS:
             seconds, curve, losses = evaluate(out_dirs[config])
             results[config].append((seconds, losses))
             listed = ', '.join(f"{loss:.4f} in windows of {window}" for window, loss in losses.items())
             print(f"seed {seed}, {config}: {seconds:.1f} s, {listed}", flush=True)
-            label = f'train_shakespeare_char_{config}.py' if len(results[config]) == 1 else None
-            axes.plot(*zip(*curve), color=color, lw=1, label=label)
-    ratios = [fast[0] / plain[0] for fast, plain in zip(results['fast'], results['cpu'])]
-    print(f"time of fast / cpu: {statistics.median(ratios):.3f}, "
-          f"of {', '.join(f'{ratio:.3f}' for ratio in ratios)}")
-    plain = statistics.median(losses[64] for _, losses in results['cpu'])
-    for window in (64, 512):
-        fast = statistics.median(losses[window] for _, losses in results['fast'])
-        print(f"median loss of fast in windows of {window}: {fast:.4f}, of cpu in windows of 64: {plain:.4f}")
-    axes.axhline(plain, color='gray', lw=0.8, ls='--', label='cpu, final, whole split')
-    axes.set(xlabel='training time (s), evaluations excluded', ylabel='val loss (nats per character)',
-             ylim=(1.8, 3.0))
+            label = LABELS[config] if len(results[config]) == 1 else None
+            axes.plot(*zip(*curve), color=COLORS[config], lw=1.2, label=label)
+    plain_loss = report(results)
+    axes.axhline(plain_loss, color='gray', lw=0.8, ls='--', label="nanoGPT's settings, final loss")
+    axes.set(xlabel='training time on two CPU cores (s)', ylabel='val loss (nats per character)',
+             ylim=(1.6, 3.0), title='Time to a loss: tiny Shakespeare, 0.8M parameters, 3 seeds each')
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(REPO / 'docs' / 'time_to_loss.png', dpi=110)
