@@ -12,6 +12,8 @@ CONFIG = $$($(PY) -c "import torch; print('config/train_shakespeare_char' + ('' 
 
 quickstart: .venv/installed
 	@set -e; \
+	echo "quickstart: prepares tiny Shakespeare, trains $(CONFIG) on it and prints samples:"; \
+	echo "quickstart: about a minute on a GPU, two on two CPU cores; every step is a command you can type"; \
 	if $(PY) data/shakespeare_char/prepare.py --timeout=10; then name=shakespeare; \
 	else echo "quickstart: no tiny Shakespeare, so it goes on with Python's language reference"; \
 	     $(PY) data/pydocs_char/prepare.py; name=pydocs; fi; \

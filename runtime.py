@@ -208,7 +208,7 @@ class Runtime(NamedTuple):
 
     def __str__(self):
         processes = f"{self.world_size} process" + ('es' if self.world_size > 1 else '')
-        return (f"device {self.device} ({describe_device(self.device, self.dtype)}), dtype {self.dtype}, "
+        return (f"{self.device} ({describe_device(self.device, self.dtype)}), dtype {self.dtype}, "
                 f"compile {self.compile}, {processes}")
 
 

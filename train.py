@@ -275,16 +275,21 @@ def load_data(saved, T):
 
 # what is said of a run
 
-def print_sizes(run, model, splits, T):
-    """Print what is trained on what."""
-    run.print(f"data/{dataset}: {len(splits['train']):,} train tokens, {len(splits['val']):,} val tokens")
-    run.print(f"number of parameters: {model.get_num_params() / 1e6:.2f}M, "
-              f"vocabulary: {model.config.vocab_size}, "
-              f"positions: {'ALiBi' if model.config.use_alibi else 'learned'}")
+def print_plan(run, model, splits, T):
+    """Print what will be trained on what."""
+    config = model.config
     tokens = gradient_accumulation_steps * batch_size * T
     epochs = max_iters * tokens / len(splits['train'])
-    run.print(f"tokens per iteration: {tokens:,} = {gradient_accumulation_steps} micro-batches x "
-              f"{batch_size} sequences x {T} tokens; {max_iters:,} iterations make {epochs:.2f} epochs")
+    plan = {
+        'data': f"data/{dataset}, {len(splits['train']):,} train tokens, {len(splits['val']):,} val tokens",
+        'model': f"{model.get_num_params() / 1e6:.2f}M parameters, {config.n_layer} layers, "
+                 f"{config.n_head} heads, {config.n_embd} channels, vocabulary of {config.vocab_size}, "
+                 f"{'ALiBi' if config.use_alibi else 'learned positions'}",
+        'iteration': f"{tokens:,} tokens = {gradient_accumulation_steps} x {batch_size} x {T} "
+                     f"(gradient_accumulation_steps x batch_size x block_size), by {optimizer}",
+        'run': f"{max_iters:,} iterations = {epochs:.2f} epochs, evaluated every {eval_interval:,}"}
+    for key, text in plan.items():
+        run.print(f"{key + ':':<11}{text}")
 
 
 def log_line(record):
@@ -450,7 +455,7 @@ def train():
     """Train as the settings say."""
     with ExitStack() as stack:                                      # what is entered is undone, come what may
         run = stack.enter_context(runtime.processes(device, dtype, compile, backend, timeout))
-        run.print(run)
+        run.print(f"{'device:':<11}{run}")
         check_settings(run.world_size)
 
         # model, optimizer and data
@@ -465,7 +470,7 @@ def train():
         model = torch.compile(raw_model) if run.compile else raw_model  # evaluated as it is
         ddp_model = run.distribute(model)
         n_batches = gradient_accumulation_steps // run.world_size   # of an update, in each process
-        print_sizes(run, raw_model, splits, T)
+        print_plan(run, raw_model, splits, T)
 
         # where the run stands
         iter_num = first_iter = saved.get('iter_num', 0)
@@ -565,8 +570,8 @@ def train():
             iter_num += 1
 
         if not eval_only:
-            run.print(f"done: {iter_num} iterations, best val loss {best_val_loss:.4f}; "
-                      f"see {out_dir}/loss.png")
+            run.print(f"done: {iter_num} iterations, best val loss {best_val_loss:.4f}, curve in "
+                      f"{out_dir}/loss.png\nnext: python sample.py --out_dir={out_dir}")
 
 
 if __name__ == '__main__':

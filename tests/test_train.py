@@ -295,7 +295,7 @@ def test_the_script(checkout, tmp_path):
     config.write_text('\n'.join(f'{key} = {value!r}' for key, value in TINY.items()))
     out_dir = f'--out_dir={tmp_path}/out'
     output = run_script(checkout, 'train.py', config, out_dir, '--max_iters', '5')
-    assert 'device cpu' in output
+    assert 'device:    cpu' in output
     assert 'step 5: train loss' in output
     line = error_line(run_script(checkout, 'train.py', config, '--n_heads=3', status=1))
     assert 'n_heads' in line
