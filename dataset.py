@@ -45,8 +45,8 @@ def atomic_write(path: str | Path, mode: str = 'wb', **options) -> Iterator[IO]:
 
 
 @contextmanager
-def locked(folder: str | Path) -> Iterator[None]:
-    """Keep the folder to this process. Raises UserError if another one is preparing data in it.
+def locked(folder: str | Path, busy: str = '') -> Iterator[None]:
+    """Keep the folder to this process. If another one has it, raises UserError with the text `busy`.
 
     The lock is the file .lock, which stays; the system releases it when the process ends, however it ends.
     """
@@ -55,19 +55,16 @@ def locked(folder: str | Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"can't write to {folder}: {error.strerror}") from error
     with file:
-        if fcntl is not None:
-            _lock(file, folder)
+        try:
+            if fcntl is not None:
+                # not flock, whose lock a worker process inherits, and holds after its parent was killed
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            busy = busy or f"another process is preparing {folder}: wait for it, or stop it"
+            raise UserError(busy) from error
+        except OSError:                                             # a file system without locks
+            pass
         yield
-
-
-def _lock(file: IO, folder: str | Path):
-    try:
-        # lockf and not flock: worker processes would inherit flock's lock, and hold it after a killed parent
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        raise UserError(f"another process is preparing {folder}: wait for it, or stop it") from error
-    except OSError:
-        pass  # a file system without locks
 
 
 @contextmanager

@@ -16,13 +16,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 import checkpoint
-from dataset import atomic_write
+from dataset import atomic_write, locked
 from model import GPT
 from runtime import UserError
 
@@ -34,24 +29,12 @@ SAMPLE = ('ckpt.pt', 'last.pt')  # and where samples are taken from
 
 @contextmanager
 def lock(out_dir) -> Iterator[None]:
-    """Make out_dir, and keep other runs out of it in this context. Raises UserError if one is in it.
-
-    The system releases the lock when the process ends, however it ends.
-    """
+    """Make out_dir, and keep other runs out of it in this context. Raises UserError if one is in it."""
     try:
         Path(out_dir).mkdir(parents=True, exist_ok=True)
-        file = open(Path(out_dir) / '.lock', 'w')
     except OSError as error:
         raise UserError(f"can't write to {out_dir}: {error}") from error
-    with file:
-        try:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another run is writing to {out_dir}: stop it, or choose another "
-                            "--out_dir") from error
-        except OSError:  # a file system without locks
-            pass
+    with locked(out_dir, f"another run is writing to {out_dir}: stop it, or choose another --out_dir"):
         yield
 
 
