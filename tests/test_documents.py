@@ -1,0 +1,136 @@
+"""Every command in the documents is run, in their order and in one folder, as a reader would type them."""
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import REPO, environment, torchrun
+
+DOCUMENTS = ['README.md', 'CONTRIBUTING.md', 'docs/robustness.md', 'docs/alibi.md', 'docs/performance.md']
+PROGRAMS = ('python ', 'torchrun ', 'pip ', 'make ', 'bash ', 'sbatch ', '.venv/bin/python ')
+
+# what is not run here, by how it begins, and why
+NOT_RUN = {
+    'pip install': "it needs a network; CI installs the same way through make",
+    'make': "make quickstart and make test run whole in a fresh clone; CI runs make test",
+    '.venv/bin/python': "the linter, the tests and the benchmark, which make and the other tests run",
+    'python data/openwebtext/prepare.py': "it needs a network, and 95 GB; run here with --data_files",
+    'python data/fineweb/prepare.py': "it needs a network; run with local files by test_fineweb.py",
+    'torchrun --nproc_per_node=8 --nnodes=2': "two machines; run as two launchers by test_faults.py",
+    'python sample_alibi_extrapolation.py': "it trains for minutes; run small by test_extrapolation.py",
+    'python benchmarks/': "measurements of minutes on a quiet machine",
+    'bash benchmarks/bench_gpu.sh': "it needs a GPU",
+    'sbatch': "it needs a cluster; run with stand-ins by test_slurm.py",
+}
+
+# what is put in to make the others small
+SMALL_MODEL = ['--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=2',
+               '--device=cpu']
+SMALL = {
+    'train.py': [*SMALL_MODEL, '--gradient_accumulation_steps=2', '--max_iters=2', '--eval_interval=2',
+                 '--eval_iters=1', '--compile=False', '--wandb_log=False'],
+    'sample.py': ['--max_new_tokens=5', '--num_samples=1', '--device=cpu'],
+    'bench.py': [*SMALL_MODEL, '--blocks=1', '--steps=1', '--max_new_tokens=2', '--compile=False'],
+    'export_hf.py': [],
+    'data/shakespeare_char/prepare.py': ['--input', 'text.txt'],
+    'data/shakespeare/prepare.py': ['--input', 'text.txt'],
+    'data/mine/prepare.py': [],
+    'sample_alibi_extrapolation.py': ['--sliding_targets=20', '--device=cpu'],
+}
+
+
+def commands(name):
+    """The commands in a document: lines of indented code, and code in the text, that begin with a program."""
+    found = []
+    text = (REPO / name).read_text(encoding='utf-8')
+    for line in re.sub(r'```.*?```', '', text, flags=re.DOTALL).splitlines():
+        code = [line.strip()] if line.startswith('    ') else re.findall(r'`([^`]+)`', line)
+        found += [re.split(r' +# ', part)[0].strip() for part in code if part.startswith(PROGRAMS)]
+    return [command for command in found if len(shlex.split(command)) > 1]
+
+
+def reason_not_to_run(command):
+    """Why the command isn't run, or None."""
+    if '--data_files' in command or 'out-shakespeare-char-alibi' in command:
+        return None
+    return next((reason for start, reason in NOT_RUN.items() if command.startswith(start)), None)
+
+
+def small(arguments):
+    """What is added to a script's arguments to make it small."""
+    if '--data_files' in arguments:
+        return ['--num_proc=1']
+    return SMALL[arguments[0]]
+
+
+@pytest.fixture(scope='module')
+def folder(checkout, bpe_files, tmp_path_factory):
+    """A checkout before anything is prepared, with the README's own prepare.py and stand-ins for GPT-2."""
+    folder = tmp_path_factory.mktemp('documents') / 'checkout'
+    shutil.copytree(checkout, folder, ignore=shutil.ignore_patterns('*.bin', '*.pkl', '__pycache__'))
+    text = ''.join(f"ROMEO: Thou art no. {i}, First Citizen.\n" for i in range(3000))
+    (folder / 'text.txt').write_text(text)
+    (folder / 'prompt.txt').write_text("First ")
+    (folder / 'docs').mkdir()
+    (folder / 'docs/a.jsonl').write_text(''.join(json.dumps({'text': text[:200]}) + '\n' for _ in range(400)))
+    (folder / 'data/mine').mkdir()
+    (folder / 'data/mine/input.txt').write_text(text)
+    example = re.search(r'```python\n(.*?)```', (REPO / 'README.md').read_text(encoding='utf-8'), re.DOTALL)
+    (folder / 'data/mine/prepare.py').write_text(example.group(1))
+    for name in ('openwebtext', 'fineweb'):                         # as if their prepare.py had a network
+        for split in ('train', 'val'):
+            ids = np.random.default_rng(0).integers(50257, size=5000).astype('<u2')
+            ids.tofile(folder / 'data' / name / f'{split}.bin')
+    return folder
+
+
+@pytest.fixture(scope='module')
+def hub(tmp_path_factory):
+    """A Hugging Face cache with small models under GPT-2's names."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    home = tmp_path_factory.mktemp('hub')
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, n_positions=32))
+    for name in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'):
+        cache = home / 'hub' / f'models--{name}'
+        (cache / 'refs').mkdir(parents=True)
+        (cache / 'refs/main').write_text('0' * 40)
+        model.save_pretrained(cache / 'snapshots' / ('0' * 40))
+    return {'HF_HOME': str(home), 'HF_HUB_OFFLINE': '1'}
+
+
+@pytest.mark.slow
+def test_every_command_of_the_documents(folder, bpe_files, hub):
+    env = bpe_files | hub
+    server = subprocess.Popen([sys.executable, REPO / 'tests/forked.py', folder], env=environment(**env),
+                              text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    todo = [command for name in DOCUMENTS for command in commands(name)]
+    assert len(todo) > 50, todo
+    run, skipped, done = [], [], set()
+    for command in todo:
+        if command in done:
+            continue
+        done.add(command)
+        if reason_not_to_run(command):
+            skipped.append(command)
+            continue
+        program, *arguments = shlex.split(command)
+        if program == 'torchrun':
+            script = next(i for i, argument in enumerate(arguments) if argument.endswith('.py'))
+            options = [option for option in arguments[:script] if option.startswith('--max-restarts')]
+            torchrun(folder, 2, *options, *arguments[script:], *SMALL['train.py'], env=env)
+        else:
+            assert program == 'python', command
+            server.stdin.write(json.dumps(arguments + small(arguments)) + '\n')
+            server.stdin.flush()
+            status, output = json.loads(server.stdout.readline())
+            assert status == 0, f"{command}\n{output[-3000:]}"
+        run.append(command)
+    server.stdin.close()
+    server.wait()
+    unused = [start for start in NOT_RUN if not any(command.startswith(start) for command in skipped)]
+    assert not unused, f"NOT_RUN holds what no document says: {unused}"
+    print(f"{len(run)} commands run, {len(skipped)} listed:", *skipped, sep='\n')
