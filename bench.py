@@ -13,7 +13,9 @@ it comes. Times are medians over the blocks, with the middle half behind them.
 """
 import ctypes
 import math
+import signal
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +23,11 @@ from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == '__main__':  # python -I and -P leave this folder out; Ctrl-C ends the slow imports quietly
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
@@ -70,7 +77,7 @@ RANGES = {'blocks': (0, math.inf), 'steps': (0, math.inf), 'max_new_tokens': (0,
           'vocab_size': (0, math.inf), 'seed': (0, math.inf), 'batch_size': (0, math.inf),
           'prompt_size': (1, math.inf), 'num_samples': (1, math.inf)}
 if __name__ == '__main__':
-    exec(Path(__file__).with_name('configurator.py').read_text(encoding='utf-8'))
+    exec(Path(__file__).resolve().with_name('configurator.py').read_text(encoding='utf-8'))
 
 
 class Job(NamedTuple):

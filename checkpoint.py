@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from dataset import atomic_write, check_meta, load_meta
+from dataset import atomic_write, check_meta, load_meta, missing
 from model import GPT, GPTConfig
 from runtime import UserError
 
@@ -178,6 +178,9 @@ def pretrained_meta(name) -> dict | None:
 
 def check_vocabulary(state: dict, meta: dict | None, dataset: str) -> None:
     """Raise UserError if a data set's ids mean something else to the checkpoint's model, or nothing."""
+    path = Path('data') / dataset / 'val.bin'
+    if not path.exists():                                           # as outside of the repository's root
+        raise UserError(missing(path))
     vocab_size = state['model_args']['vocab_size']
     if 'meta' in state and state['meta'] != meta:
         raise UserError(f"data/{dataset} has another vocabulary than the checkpoint's training data")

@@ -5,7 +5,7 @@
 Each script executes this file in its own namespace, after its settings and their names, `setting_names`:
 
     if __name__ == '__main__':
-        exec(Path(__file__).with_name('configurator.py').read_text(encoding='utf-8'))
+        exec(Path(__file__).resolve().with_name('configurator.py').read_text(encoding='utf-8'))
 
 A setting keeps the type of its default. An int will do for a float, and True or False where the default
 is 'auto'; a str takes the text as typed. A config file is Python and executed as code: it sees the settings
@@ -19,6 +19,7 @@ A script may define two more names before it executes this file:
 import ast
 import builtins
 import difflib
+import os
 import re
 import sys
 from pathlib import Path
@@ -37,16 +38,27 @@ def check_key(key: str, settings: dict) -> None:
     raise ConfigError(f"unknown setting {key!r}{hint}")
 
 
+def in_one_line(value) -> str:
+    """The repr of whatever a config file may assign, in one line."""
+    try:
+        return ' '.join(repr(value).split())
+    except Exception:  # such as an int of more than 4300 digits
+        return f"this {type(value).__name__}"
+
+
 def check_type(key: str, value, default):
     """The value as a setting of default's type. Raises ConfigError."""
     wanted = type(default)
+    if type(value) is int and not -2**63 <= value < 2**63:
+        raise ConfigError(f"{key} takes a number of at most 64 bits")
     if wanted is float and type(value) in (int, float) and -1e308 < value < 1e308:
         return float(value)
     if wanted is not float and type(value) is wanted:
         return value
     if default == 'auto' and isinstance(value, bool):
         return value
-    raise ConfigError(f"{key} takes a value of type {wanted.__name__}, such as {default!r}, not {value!r}")
+    raise ConfigError(f"{key} takes a value of type {wanted.__name__}, such as {default!r}, "
+                      f"not {in_one_line(value)}")
 
 
 def parse_value(key: str, text: str, default):
@@ -78,8 +90,10 @@ def imported_names(tree: ast.Module) -> set[str]:
 
 def run_config_file(path: str, settings: dict, defaults: dict, skip_unknown: bool = False) -> dict:
     """The settings as a config file leaves them. It runs on a copy of them. Raises ConfigError."""
-    if not Path(path).is_file():
-        raise ConfigError(f"no config file {path}")
+    if not os.path.isfile(path):                                    # False also for a name that is too long
+        root = Path(__file__).resolve().parent
+        hint = f" in this folder: run the script in {root}" if os.path.isfile(root / path) else ''
+        raise ConfigError(f"no config file {path}{hint}")
     names = {**settings, '__file__': path}
     try:
         tree = ast.parse(Path(path).read_text(encoding='utf-8-sig'), path)
@@ -93,7 +107,7 @@ def run_config_file(path: str, settings: dict, defaults: dict, skip_unknown: boo
     if unknown and not skip_unknown:
         check_key(unknown[0], settings)
     if unknown:
-        print(f"{path}: skipping {', '.join(unknown)}: this script has no such settings")
+        print(f"{path}: skipping {', '.join(unknown)}: this script has no such settings", file=sys.stderr)
     return {key: check_type(key, names.get(key), defaults[key]) for key in settings}
 
 
@@ -135,13 +149,15 @@ def help_text(source: str, settings: dict) -> str:
 
 
 if __name__ == '__main__':  # in a script's namespace; a test imports this file, which then only defines
+    from runtime import one_line_errors
     script = Path(__file__)
     script_settings = {key: globals()[key] for key in globals()['setting_names']}
-    if '--help' in sys.argv or '-h' in sys.argv:
-        print(help_text(script.read_text(encoding='utf-8'), script_settings))
-        sys.exit()
-    try:
-        globals().update(configure(sys.argv[1:], script_settings, globals().get('_skip_unknown', False),
-                                   globals().get('_plain_argument')))
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
+    with one_line_errors():
+        if '--help' in sys.argv or '-h' in sys.argv:
+            print(help_text(script.read_text(encoding='utf-8'), script_settings), flush=True)
+            sys.exit()
+        try:
+            globals().update(configure(sys.argv[1:], script_settings, globals().get('_skip_unknown', False),
+                                       globals().get('_plain_argument')))
+        except ConfigError as error:
+            sys.exit(f"error: {error}")

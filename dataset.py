@@ -156,7 +156,7 @@ def load_split(folder: str | Path, split: str, block_size: int) -> np.memmap:
     """The token ids of a split, (N,) uint16, mapped from its file. Raises UserError for an unusable file."""
     path = Path(folder) / f'{split}.bin'
     if not path.exists():
-        raise UserError(_missing(path))
+        raise UserError(missing(path))
     size = path.stat().st_size
     if size % TOKEN.itemsize:
         raise UserError(f"{path} is truncated: {size} bytes is not a whole number of 16-bit ids")
@@ -173,7 +173,7 @@ def identity(data: np.ndarray) -> dict:
     return {'tokens': len(data), 'sha256': hashlib.sha256(ends.tobytes()).hexdigest()}
 
 
-def _missing(path: Path) -> str:
+def missing(path: Path) -> str:
     """What to do about a token file that isn't there."""
     prepare = path.parent / 'prepare.py'
     if prepare.exists():
@@ -181,7 +181,7 @@ def _missing(path: Path) -> str:
     known = ', '.join(sorted(script.parent.name for script in path.parent.parent.glob('*/prepare.py')))
     if known:
         return f"no {path}, and no {prepare} to make it: the data sets here are {known}"
-    return f"no {path}, and no {prepare} to make it: is this the repository's root?"
+    return f"no {path}, and no {prepare} to make it: run the script in the repository's root"
 
 
 def draw_batch(data: np.memmap, batch_size: int, block_size: int, vocab_size: int,

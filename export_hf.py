@@ -15,8 +15,15 @@ and a model card.
 """
 import base64
 import shutil
+import signal
+import sys
 import tempfile
 from pathlib import Path
+
+if __name__ == '__main__':  # python -I and -P leave this folder out; Ctrl-C ends the slow imports quietly
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 
@@ -34,7 +41,7 @@ setting_names = [name for name, value in list(globals().items())
                  if not name.startswith('_') and type(value) in (bool, int, float, str)]
 _skip_unknown = True           # a training config's other settings are passed over
 if __name__ == '__main__':
-    exec(Path(__file__).with_name('configurator.py').read_text(encoding='utf-8'))
+    exec(Path(__file__).resolve().with_name('configurator.py').read_text(encoding='utf-8'))
 
 
 def to_gpt2(model, end_id):

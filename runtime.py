@@ -51,27 +51,39 @@ FILE_ERRORS = {errno.ENOSPC: FULL_DISK, errno.EDQUOT: FULL_DISK, errno.EFBIG: FU
 def one_line_errors() -> Iterator[None]:
     """Around a script's work: what is no bug of the script's ends it with one line and exit status 1.
 
-    That is a UserError, a file system that refuses a file, Ctrl-C, or output that nobody reads any more.
-    Anything else keeps its traceback. Also makes stdout and stderr take any character.
+    That is a UserError, a file system that refuses a file, Ctrl-C, or output that nobody reads any more (for
+    which no line is printed). Anything else keeps its traceback. Also makes stdout and stderr take any
+    character, and what is printed to a closed one disappear.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.reconfigure(errors='backslashreplace')
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:           # which the script sets for its imports
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name in ('stdout', 'stderr'):
+        if getattr(sys, name) is None:                              # closed, as with `python sample.py >&-`
+            setattr(sys, name, open(os.devnull, 'w'))
+        getattr(sys, name).reconfigure(errors='backslashreplace')
+    previous = signal.getsignal(signal.SIGINT)
+    status = None
     try:
+        if previous == signal.SIG_DFL:                              # which the script sets for its imports
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         yield
+        sys.stdout.flush()                                          # here what is refused is no traceback
     except UserError as error:
-        sys.exit(f"error: {error}")
+        status = f"error: {' '.join(str(error).split())}"
     except KeyboardInterrupt:
-        sys.exit("error: interrupted")
+        status = "error: interrupted"
     except BrokenPipeError:                                         # as with `python sample.py | head`
-        discard_output()
-        sys.exit(1)
+        status = 1
     except OSError as error:
         if error.errno not in FILE_ERRORS:
             raise
-        sys.exit(f"error: {error}: {FILE_ERRORS[error.errno]}")
+        status = f"error: {error}: {FILE_ERRORS[error.errno]}"
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            discard_output()                                        # or Python tries once more as it exits
+    if status:
+        sys.exit(status)
 
 
 def discard_output() -> None:

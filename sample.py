@@ -9,8 +9,14 @@ Reads out_dir/ckpt.pt, else last.pt. A sample depends on the seed and its number
 """
 import codecs
 import math
+import signal
 import sys
 from pathlib import Path
+
+if __name__ == '__main__':  # python -I and -P leave this folder out; Ctrl-C ends the slow imports quietly
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 
@@ -42,7 +48,7 @@ _skip_unknown = True           # a training config's other settings are passed o
 RANGES = {'num_samples': (1, math.inf), 'max_new_tokens': (1, math.inf), 'temperature': (0, math.inf),
           'top_k': (0, math.inf), 'seed': (0, math.inf)}
 if __name__ == '__main__':
-    exec(Path(__file__).with_name('configurator.py').read_text(encoding='utf-8'))
+    exec(Path(__file__).resolve().with_name('configurator.py').read_text(encoding='utf-8'))
 
 
 def check_settings():

@@ -11,10 +11,16 @@ context. Writes alibi_extrapolation.png into out_dir. Learned positions end at b
 them is measured only there.
 """
 import math
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == '__main__':  # python -I and -P leave this folder out; Ctrl-C ends the slow imports quietly
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +48,7 @@ _skip_unknown = True           # a training config's other settings are passed o
 _plain_argument = 'out_dir'
 RANGES = {'sliding_targets': (2, math.inf), 'seed': (0, math.inf)}
 if __name__ == '__main__':
-    exec(Path(__file__).with_name('configurator.py').read_text(encoding='utf-8'))
+    exec(Path(__file__).resolve().with_name('configurator.py').read_text(encoding='utf-8'))
 
 FACTORS = (1, 1.5, 2, 4, 8)    # of the trained length
 BATCH_TOKENS = 2**14           # limits of a forward pass

@@ -13,10 +13,17 @@ metrics.jsonl (a line for each log and evaluation) and loss.png.
 """
 import math
 import os
+import signal
+import sys
 import time
 from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
+
+if __name__ == '__main__':  # python -I and -P leave this folder out; Ctrl-C ends the slow imports quietly
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 
@@ -84,7 +91,7 @@ compile = 'auto'               # torch.compile the model: True or False
 setting_names = [name for name, value in list(globals().items())
                  if not name.startswith('_') and type(value) in (bool, int, float, str)]
 if __name__ == '__main__':
-    exec(Path(__file__).with_name('configurator.py').read_text(encoding='utf-8'))
+    exec(Path(__file__).resolve().with_name('configurator.py').read_text(encoding='utf-8'))
 
 MODEL_SIZES = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'use_alibi')  # kept by a resumed run
 RANGES = {                     # of settings: the lowest value, and what the value must be below

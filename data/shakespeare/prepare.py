@@ -6,11 +6,14 @@
 Writes train.bin (301,966 tokens) and val.bin (36,059) into this folder.
 """
 import runpy
+import signal
 import sys
 from pathlib import Path
 
 here = Path(__file__).resolve().parent
 sys.path.insert(0, str(here.parents[1]))
+if __name__ == '__main__' and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)                    # Ctrl-C ends the slow imports quietly
 from dataset import write_bpe_dataset
 from runtime import one_line_errors
 

@@ -8,6 +8,7 @@ Writes train.bin (1,003,854 tokens), val.bin (111,540) and meta.pkl into this fo
 import argparse
 import hashlib
 import http.client
+import signal
 import sys
 import time
 import urllib.request
@@ -15,6 +16,8 @@ from pathlib import Path
 
 here = Path(__file__).resolve().parent
 sys.path.insert(0, str(here.parents[1]))
+if __name__ == '__main__' and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)                    # Ctrl-C ends the slow imports quietly
 from dataset import atomic_write, locked, write_char_dataset
 from runtime import UserError, one_line_errors
 
