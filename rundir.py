@@ -168,7 +168,7 @@ def parse_metrics(out_dir) -> tuple[list[dict], int]:
             if type(record['iter']) is not int:
                 raise TypeError
             records.append(record)
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             n_bad += 1
     return records, n_bad
 

@@ -106,8 +106,9 @@ class StopSignals:
     """In this context a signal to stop sets `received`, so that the run can stop where it can resume.
 
     The signals are SIGTERM, SIGINT (Ctrl-C), SIGHUP (the terminal was closed) and SIGUSR1 (a cluster's
-    warning), apart from those that the process was started to ignore, as nohup does. A second one ends the
-    process at once, but not within a second of the first: torchrun passes on what the terminal has sent.
+    warning), apart from those that the process was started to ignore, as nohup does. After the first one,
+    SIGTERM and SIGINT end the process at once, but not within a second: torchrun passes on what the terminal
+    has sent. SIGHUP and SIGUSR1 ask for no more than the first one did, however often they come.
     """
     NAMES = ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1')  # Windows lacks the last two
 
@@ -128,14 +129,15 @@ class StopSignals:
             signal.signal(number, handler)
 
     def handle(self, number, frame):
+        name = signal.Signals(number).name
         if not self.received:
             self.received, self.first = True, time.monotonic()
-            name = signal.Signals(number).name
+            text = f"\n{name}: stopping before the next update; another SIGINT or SIGTERM: at once\n"
             try:
-                os.write(2, f"\n{name}: stopping before the next update; again: at once\n".encode())
+                os.write(2, text.encode())
             except OSError:                                         # the terminal has gone
                 pass
-        elif time.monotonic() - self.first > 1:
+        elif name in ('SIGTERM', 'SIGINT') and time.monotonic() - self.first > 1:
             os._exit(128 + number)
 
 

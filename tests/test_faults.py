@@ -43,19 +43,21 @@ RUINOUS = dict(learning_rate=1e20, min_lr=1e20, warmup_iters=0)  # one update, a
 @pytest.fixture(autouse=True)
 def own_signals():
     """Give pytest its signal handlers back, whatever a test did to them."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in numbers}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-def start(folder, *args, processes=1, preexec=None):
+def start(folder, *args, processes=1, preexec=None, script='train.py', torchrun_options=()):
     """Start train.py as a user does, without waiting; with torchrun for several processes."""
     launcher = []
     if processes > 1:
-        launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
+        launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}',
+                    *torchrun_options]
     return subprocess.Popen(
-        [sys.executable, *launcher, 'train.py', *args], cwd=folder, env=environment(PYTHONUNBUFFERED='1'),
+        [sys.executable, *launcher, script, *args], cwd=folder, env=environment(PYTHONUNBUFFERED='1'),
         text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=preexec)
 
 
@@ -86,8 +88,9 @@ def send_signal_at(monkeypatch, index, number=signal.SIGTERM):
 
 # interruption
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize('dtype', ['float32', 'float16'])
+@pytest.mark.parametrize('number, dtype', [
+    (signal.SIGTERM, 'float32'), (signal.SIGINT, 'float16'),
+    (signal.SIGHUP, 'float32'), (signal.SIGUSR1, 'float16')])
 def test_a_signal_stops_before_the_update_saves_and_resumes_to_the_bit(
         run_train, monkeypatch, capfd, number, dtype):
     """The signal arrives in the first micro-batch of iteration 7, which the resumed run then makes."""
@@ -144,6 +147,36 @@ def test_the_script_exits_with_0(checkout, tmp_path):
     assert process.returncode == 0
     assert 'interrupted at iteration' in output
     assert 'Traceback' not in output
+
+
+def ignore_sighup():
+    """In a new process: as nohup starts it."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+def test_sighup_does_nothing_under_nohup(checkout, tmp_path):
+    options = tiny(max_iters=100, eval_interval=100, out_dir=tmp_path / 'out')
+    process = start(checkout, *options, preexec=ignore_sighup)
+    read_until(process, 'iter 3:')
+    process.send_signal(signal.SIGHUP)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert 'done: 100 iterations' in output and 'SIGHUP' not in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number', [signal.SIGHUP, signal.SIGUSR1])
+def test_torchrun_passes_on_other_signals(checkout, tmp_path, number):
+    """SIGHUP by itself, SIGUSR1 if it is told to: both processes stop, and the state is saved."""
+    options = tiny(max_iters=100000, eval_interval=1000, out_dir=tmp_path / 'out')
+    handled = '--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1'
+    process = start(checkout, *options, processes=2, torchrun_options=[handled])
+    read_until(process, 'iter 15:')
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert output.count(f'{number.name}: stopping') == 2
+    reached = load_state(tmp_path / 'out')['iter_num']
+    assert f'interrupted at iteration {reached}' in output
 
 
 @pytest.mark.slow
@@ -482,6 +515,59 @@ def test_a_dead_process_ends_the_run(checkout, tmp_path):
     process.communicate(timeout=60)
     assert process.returncode != 0
     assert checkpoint.load(tmp_path / 'out/last.pt')['iter_num'] >= 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('stuck', [0, 1])
+def test_a_stuck_process_ends_the_run_in_one_line(checkout, tmp_path, stuck):
+    """One of two processes is stopped: `timeout` seconds later the other says so."""
+    options = tiny(max_iters=100000, eval_interval=1000, timeout=10, out_dir=tmp_path / 'out')
+    process = start(checkout, *options, processes=2)
+    read_until(process, 'iter 15:')
+    children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
+    os.kill(int(children[stuck]), signal.SIGSTOP)
+    stopped = time.monotonic()
+    output = read_until(process, 'error: a process has not answered for timeout=10 seconds')
+    assert 9 < time.monotonic() - stopped < 30
+    os.kill(int(children[stuck]), signal.SIGKILL)                   # torchrun gives it 30 seconds to stop
+    output += process.communicate(timeout=60)[0]
+    assert process.returncode == 1
+    assert output.count('error: ') == 1
+    assert 'train.py", line' not in output
+
+
+SLOW = """
+import runpy, time
+import dataset, rundir
+draw, save, draws = dataset.draw_batch, rundir.save, []
+
+def slow_draw(*args):
+    draws.append(args)
+    if len(draws) <= 8:
+        time.sleep(1.5)
+    return draw(*args)
+
+def slow_save(*args):
+    time.sleep(6)
+    save(*args)
+
+dataset.draw_batch, rundir.save = slow_draw, slow_save
+runpy.run_path('train.py', run_name='__main__')
+"""
+
+
+@pytest.mark.slow
+def test_a_long_evaluation_or_save_is_not_a_stuck_process(checkout, tmp_path):
+    """The first evaluation takes 12 seconds, in steps of 1.5, and a save 6, with timeout=10."""
+    script = tmp_path / 'slow.py'
+    script.write_text(SLOW)
+    options = tiny(max_iters=1, eval_iters=8, timeout=10, out_dir=tmp_path / 'out')
+    begin = time.monotonic()
+    process = start(checkout, *options, processes=2, script=script)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert 'done: 1 iterations' in output
+    assert time.monotonic() - begin > 18
 
 
 def test_gradients_on_two_processes_equal_one(checkout, tmp_path):

@@ -1,5 +1,8 @@
 """The device, dtype and seeds that a run works with."""
 import importlib.util
+import os
+import signal
+import time
 
 import pytest
 import torch
@@ -74,6 +77,23 @@ def test_a_missing_gpu_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     with pytest.raises(UserError, match='cuda:2.*2 GPUs'):
         set_up(device='cuda:2')
+
+
+# signals
+
+@pytest.mark.parametrize('name, exits', [
+    ('SIGTERM', [143]), ('SIGINT', [130]), ('SIGHUP', []), ('SIGUSR1', [])])
+def test_only_a_second_sigterm_or_sigint_ends_the_process(monkeypatch, name, exits):
+    """Slurm warns all processes, and a busy torchrun may pass its own warning on a while later."""
+    number, now, statuses = getattr(signal, name), [100.0], []
+    monkeypatch.setattr(os, '_exit', statuses.append)
+    monkeypatch.setattr(time, 'monotonic', lambda: now[0])
+    with runtime.StopSignals() as signals:
+        assert not signals.received
+        for now[0] in (100.0, 100.9, 105.0):
+            signal.raise_signal(number)
+            assert signals.received
+    assert statuses == exits
 
 
 # seeds and peak FLOPS

@@ -1,0 +1,128 @@
+"""examples/slurm.sh on one machine, with stand-ins for Slurm's commands that start the nodes here."""
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPO, environment, load_state, tiny
+from test_faults import read_until
+
+SCRIPT = REPO / 'examples/slurm.sh'
+
+# What srun does with signals is in its source (src/srun/libsrun/srun_job.c): it passes SIGUSR1 on to each
+# process of each node, but kills them all on SIGTERM.
+SRUN = """
+import os, signal, subprocess, sys
+from pathlib import Path
+
+command = sys.argv[1:]
+while command[0].startswith('-'):
+    command.pop(0)
+tasks = [subprocess.Popen(command) for _ in range(int(os.environ['SLURM_NNODES']))]
+
+def family(pid):
+    yield pid
+    for child in Path(f'/proc/{pid}/task/{pid}/children').read_text().split():
+        yield from family(int(child))
+
+def pass_on(number, frame):
+    if number == signal.SIGTERM:
+        number = signal.SIGKILL
+    for pid in [pid for task in tasks for pid in family(task.pid)]:
+        os.kill(pid, number)
+
+for number in (signal.SIGUSR1, signal.SIGTERM):
+    signal.signal(number, pass_on)
+sys.exit(max(task.wait() for task in tasks))
+"""
+
+SCONTROL = """
+import os, sys
+if sys.argv[1:3] == ['show', 'hostnames']:
+    print('localhost\\nlocalhost')
+else:
+    with open(os.environ['REQUEUED'], 'a') as file:
+        print(*sys.argv[1:], file=file)
+"""
+
+
+class Job:
+    """A job as Slurm starts it: examples/slurm.sh with two nodes of a process each."""
+
+    def __init__(self, folder, cwd, *args, srun=SRUN):
+        self.requeued = folder / 'requeued'
+        commands = folder / 'bin'
+        commands.mkdir(exist_ok=True)
+        for name, code in (('srun', srun), ('scontrol', SCONTROL)):
+            (commands / name).write_text(f'#!{sys.executable}\n{code}')
+            (commands / name).chmod(0o755)
+        path = f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        self.job_id = str(os.getpid())
+        env = environment(
+            PATH=path, REQUEUED=str(self.requeued), PYTHONUNBUFFERED='1', SLURM_JOB_ID=self.job_id,
+            SLURM_NNODES='2', SLURM_JOB_NODELIST='node[1-2]', SLURM_GPUS_ON_NODE='1', SLURM_CPUS_PER_TASK='1')
+        self.process = subprocess.Popen(['bash', SCRIPT, *args], cwd=cwd, env=env, text=True,
+                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    def warn(self):
+        """The signal before the time limit, to the shell alone."""
+        self.process.send_signal(signal.SIGUSR1)
+
+    def end(self, timeout=90):
+        """Wait for the end; return the exit status and the output."""
+        output, _ = self.process.communicate(timeout=timeout)
+        return self.process.returncode, output
+
+    def requeues(self):
+        """What was asked of scontrol, line by line."""
+        return self.requeued.read_text().splitlines() if self.requeued.exists() else []
+
+
+@pytest.mark.parametrize('srun, warned, status, requeues', [
+    ('raise SystemExit(3)', False, 3, 0),                           # it failed: it would fail again
+    ('raise SystemExit(0)', False, 0, 0),
+    ('import signal, sys; print("ready"); signal.sigwait([signal.SIGUSR1]); sys.exit(1)', True, 0, 1),
+    ('import signal, sys; print("ready"); signal.sigwait([signal.SIGUSR1]); sys.exit(0)', True, 0, 0),
+])
+def test_only_a_run_that_was_stopped_is_queued_again(tmp_path, srun, warned, status, requeues):
+    """srun exits at once, or when it gets the signal."""
+    blocked = 'import signal; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])\n'
+    job = Job(tmp_path, tmp_path, srun=blocked + srun)
+    if warned:
+        read_until(job.process, 'ready')
+        job.warn()
+    assert job.end()[0] == status
+    assert job.requeues() == [f'requeue {job.job_id}'] * requeues
+
+
+@pytest.mark.slow
+def test_a_job_saves_queues_itself_again_and_resumes(checkout, tmp_path):
+    """The first job gets the signal. In the second, from the same command, a process is killed as well."""
+    out_dir = tmp_path / 'out'
+    command = tiny(max_iters=1000, eval_interval=1000, save_interval=100, out_dir=out_dir)
+    job = Job(tmp_path, checkout, *command)
+    assert '2 processes' in read_until(job.process, 'iter 120:')
+    job.warn()
+    status, output = job.end()
+    assert status == 0, output
+    assert job.requeues() == [f'requeue {job.job_id}']
+    reached = load_state(out_dir)['iter_num']
+    assert f'interrupted at iteration {reached}' in output
+
+    job = Job(tmp_path, checkout, *command)
+    read_until(job.process, f'resuming from {out_dir}/last.pt at iteration {reached}')
+    read_until(job.process, 'iter 310:')
+    _, torchrun = children(children(job.process.pid)[0])
+    os.kill(children(torchrun)[0], signal.SIGKILL)
+    read_until(job.process, 'resuming from')                        # both nodes start their processes anew
+    status, output = job.end()
+    assert status == 0, output
+    assert 'done: 1000 iterations' in output
+    assert len(job.requeues()) == 1
+
+
+def children(pid):
+    """The process's children."""
+    return [int(child) for child in Path(f'/proc/{pid}/task/{pid}/children').read_text().split()]
