@@ -1,6 +1,7 @@
 """train.py: what a run computes and leaves behind, how it resumes, and how it refuses mistakes."""
 import json
 import math
+import re
 import subprocess
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from conftest import (
     REPO,
     TINY,
+    arguments,
     assert_close_losses,
     error_line,
     evaluations,
@@ -498,6 +500,41 @@ def test_compiled_in_two_processes_with_a_large_vocabulary(checkout, tmp_path):
         output = torchrun(checkout, n, 'train.py', *options, timeout=500)
         assert 'Warning' not in output, output
     assert_close_losses(tmp_path / '1', tmp_path / '2', 1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('config', ['train_gpt2.py', 'train_gpt2_alibi.py'])
+def test_compiled_in_two_processes_with_several_buckets(checkout, tmp_path, config):
+    """A compiled graph that is split into DDP's buckets has the gradients of one eager process.
+
+    At a rate of 0 the weights stay as they are, so AdamW's first moment after two updates is a weighted sum
+    of their gradients. There are two, since DDP forms its buckets anew after the first.
+    """
+    options = arguments(
+        dataset='pydocs_char', device='cpu', wandb_log=False,
+        n_layer=2, block_size=32, batch_size=2, gradient_accumulation_steps=4,
+        max_iters=2, eval_interval=2, eval_iters=2, learning_rate=0.0, min_lr=0.0, grad_clip=0.0)
+    command = ['train.py', f'config/{config}', *options]
+    run_script(checkout, *command, '--compile=False', f'--out_dir={tmp_path}/eager')
+    output = torchrun(checkout, 2, *command, '--compile=True', f'--out_dir={tmp_path}/compiled', timeout=500,
+                      env={'TORCH_LOGS': 'torch._dynamo.backends.distributed'})
+    buckets = [int(n) for n in re.findall(r'DDPOptimizer .* created (\d+) buckets', output)]
+    assert len(buckets) == 2, output                                # in each process
+    assert min(buckets) >= 3
+
+    eager, compiled = first_moments(tmp_path / 'eager'), first_moments(tmp_path / 'compiled')
+    for a, b in zip(eager, compiled, strict=True):
+        assert a.norm() > 1e-3
+        assert (a - b).norm() < 1e-5 * a.norm()
+    assert_close_losses(tmp_path / 'eager', tmp_path / 'compiled', 1e-5)
+
+
+def first_moments(out_dir):
+    """AdamW's running mean of the gradient of each parameter, in a checkpoint that is then deleted."""
+    state = load_state(out_dir)['optimizer']['state']
+    for name in ('last.pt', 'ckpt.pt'):                             # large ones
+        (out_dir / name).unlink()
+    return [state[i]['exp_avg'] for i in range(len(state))]
 
 
 def test_make_knows_its_targets():
