@@ -1,63 +1,128 @@
 #!/usr/bin/env bash
-# What needs one CUDA GPU, in one go. The table of docs/performance.md is made from what it prints.
+# Everything that needs a CUDA GPU, in one go. The tables of docs/performance.md are made from what it prints.
 #
-#     bash benchmarks/bench_gpu.sh [FOLDER for what it prints, default out-gpu] [PYTHON, default python3]
+#     bash benchmarks/bench_gpu.sh [FOLDER] [PYTHON]            by default out-gpu and .venv's Python
+#     bash benchmarks/bench_gpu.sh FOLDER PYTHON rehearse       the same commands with tiny models, for a CPU
 #
-# Needs input.txt of tiny Shakespeare in data/shakespeare_char/, or a network. Each part goes on where another failed.
+# FOLDER/log.txt keeps all that is printed, and each part has a file of its own. Where a part fails the others
+# go on; it is named at the end, and the exit status is 1.
+# Needs input.txt of tiny Shakespeare in data/shakespeare_char/, or a network.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out=${1:-out-gpu}; py=${2:-python3}
+out=${1:-out-gpu}
+py=${2:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 mkdir -p "$out"
-export PYTHONUNBUFFERED=1  # the kills below wait for lines of a log
-part() { local name=$1; shift; echo "== $name: $*"; "$@" 2>&1 | tee "$out/$name.txt" | tail -n 40; echo "== $name: exit status ${PIPESTATUS[0]}"; }
+export PYTHONUNBUFFERED=1  # strike() waits for lines of a log
 
-part versions $py -c "import torch; print(torch.__version__, torch.version.cuda, torch.cuda.get_device_name())"
-part prepare $py data/shakespeare_char/prepare.py
-part tests timeout 600 $py -m pytest -m "not slow" -p no:cacheprovider tests/test_model.py tests/test_alibi.py tests/test_train.py tests/test_bench.py
+dataset=shakespeare_char
+train_sizes='' bench_sizes=''
+processes=gpu              # as many as there are GPUs
+tests='tests/test_model.py tests/test_alibi.py tests/test_train.py tests/test_bench.py'
+if [ "${3:-}" = rehearse ]; then
+    dataset=pydocs_char    # needs no download
+    sizes='--n_layer=2 --n_head=2 --n_embd=16 --block_size=32'
+    train_sizes="$sizes --batch_size=4 --dataset=$dataset --max_iters=600 --eval_interval=100 --eval_iters=2"
+    bench_sizes="$sizes --vocab_size=128 --blocks=2 --steps=1"
+    processes=2
+    tests='tests/test_alibi.py'
+fi
 
-# a training step of GPT-2 (124M) at several micro-batches, with FlexAttention for ALiBi, and generation
-for batch in 8 16 32 64; do
-    part "bench-$batch" timeout 300 $py bench.py --batch_size=$batch --max_new_tokens=0
-done
-part bench-generation timeout 300 $py bench.py config/train_gpt2_alibi.py --blocks=0 --max_new_tokens=256
-part bench-profile timeout 300 $py bench.py --batch_size=16 --blocks=2 --max_new_tokens=0 --profile=True
-mv -f bench-trace.json "$out/" 2>/dev/null
-
-# the character model and its twin with ALiBi to the end: loss, wall time, samples
-for config in train_shakespeare_char train_shakespeare_char_alibi; do
-    part "$config" bash -c "time timeout 900 $py train.py config/$config.py --out_dir=$out/$config"
-    part "$config-sample" timeout 120 $py sample.py --out_dir=$out/$config --num_samples=2 --max_new_tokens=300
-    echo "best: $(grep '^step' "$out/$config.txt" | sort -k8 -n | head -1)"
-done
-# compiled generation, replayed as a CUDA graph: the same text
-for compile in False True; do
-    part "sample-compile-$compile" bash -c "time timeout 300 $py sample.py --out_dir=$out/train_shakespeare_char_alibi --compile=$compile \
-        --dtype=float32 --temperature=0 --num_samples=2 --max_new_tokens=300 > '$out/text-$compile.txt'"
-done
-cmp "$out/text-False.txt" "$out/text-True.txt" && echo "compiled: the same text"
-part extrapolation timeout 300 $py sample_alibi_extrapolation.py "$out/train_shakespeare_char_alibi"
-
-# nothing in an iteration waits for the GPU but what is meant to: where it does, PyTorch warns, at most once a logged iteration
-small="config/train_shakespeare_char.py --max_iters=30 --eval_interval=1000 --eval_iters=2 --log_interval=10"
-part synchronizations timeout 300 $py -W always -c "import runpy, sys, torch
-torch.cuda.init(); torch.cuda.set_sync_debug_mode('warn'); sys.argv = ['train.py', *sys.argv[1:]]
-runpy.run_path('train.py', run_name='__main__')" $small --compile=False --out_dir="$out/sync"
-part float16 timeout 300 $py train.py $small --dtype=float16 --out_dir="$out/float16"
-part nccl timeout 300 $py -m torch.distributed.run --standalone --nproc_per_node=1 train.py $small --out_dir="$out/nccl"
-
-# interrupted, killed and resumed, in bfloat16 and compiled
-run="$py train.py config/train_shakespeare_char.py --max_iters=600 --lr_decay_iters=600 --eval_interval=100 --eval_iters=10"
-strike() {  # SIGNAL, a line to wait for, options: start the run, and send the signal when the line is there
-    local signal=$1 line=$2; shift 2
-    $run --out_dir="$out/killed" "$@" >> "$out/killed.txt" 2>&1 &
-    local pid=$!
-    until grep -q "$line" "$out/killed.txt" || ! kill -0 $pid 2>/dev/null; do sleep 0.2; done
-    kill "$signal" $pid || echo "the run had ended before it was sent $signal"
-    wait $pid; echo "$signal after '$line': exit status $?"
+failed=()
+part() {  # NAME COMMAND...: run it, keep what it prints in NAME.txt, and note whether it failed
+    local name=$1 start=$SECONDS status
+    shift
+    echo "== $name: ${*//$'\n'/ }"
+    timeout --foreground -k 60 1800 "$@" 2>&1 | tee -i "$out/$name.txt"
+    status=${PIPESTATUS[0]}
+    echo "== $name: exit status $status after $((SECONDS - start)) s"
+    [ "$status" = 0 ] || failed+=("$name")
 }
-: > "$out/killed.txt"
-strike -KILL '^step 200'
-strike -TERM '^step 400' --init_from=resume
-part resumed timeout 300 $run --out_dir="$out/killed" --init_from=resume
-part uninterrupted timeout 300 $run --out_dir="$out/uninterrupted"
-grep -h '^step 600' "$out/resumed.txt" "$out/uninterrupted.txt"
+
+bench_steps() {
+    # GPT-2 (124M) at several micro-batches: the plain step, learned positions, ALiBi, FlexAttention for ALiBi
+    local batch
+    for batch in 8 16 32 64; do
+        part bench-$batch $py bench.py $bench_sizes --batch_size=$batch --max_new_tokens=0
+    done
+    part bench-generation $py bench.py config/train_gpt2_alibi.py $bench_sizes --blocks=0 --max_new_tokens=256
+    part bench-profile $py bench.py $bench_sizes --batch_size=16 --blocks=2 --max_new_tokens=0 --profile=True
+    mv -f bench-trace.json "$out/"
+}
+
+train_characters() {
+    # the character model and its twin with ALiBi to the end: loss, wall time, samples
+    local config
+    part prepare $py data/$dataset/prepare.py
+    for config in train_shakespeare_char train_shakespeare_char_alibi; do
+        part $config $py train.py config/$config.py $train_sizes --out_dir="$out/$config"
+        part $config-sample $py sample.py --out_dir="$out/$config" --num_samples=2 --max_new_tokens=300
+        echo "best: $(grep '^step' "$out/$config.txt" | sort -k8 -n | head -1)"
+    done
+    part extrapolation $py sample_alibi_extrapolation.py "$out/train_shakespeare_char_alibi" \
+        --compare="$out/train_shakespeare_char"
+}
+
+compare_texts() {
+    # compiled generation, replayed as a CUDA graph, writes the same text; TF32 would be too coarse for that
+    local compile sample="$py sample.py --out_dir='$out/train_shakespeare_char_alibi' --num_samples=2"
+    sample="NVIDIA_TF32_OVERRIDE=0 $sample --max_new_tokens=300 --temperature=0 --dtype=float32"
+    for compile in False True; do
+        part sample-compile-$compile bash -c "$sample --compile=$compile > '$out/text-$compile.txt'"
+    done
+    part same-text cmp "$out/text-False.txt" "$out/text-True.txt"
+}
+
+# a run that prints where it waits for the GPU: that should be at logged iterations and evaluations alone
+watch_synchronizations="
+import runpy, sys, torch
+if torch.cuda.is_available():
+    torch.cuda.set_sync_debug_mode('warn')
+sys.argv = ['train.py', *sys.argv[1:]]
+runpy.run_path('train.py', run_name='__main__')"
+
+short_runs() {
+    local small="config/train_shakespeare_char.py $train_sizes --max_iters=30 --eval_iters=2"
+    part synchronizations $py -W always -c "$watch_synchronizations" $small --compile=False \
+        --out_dir="$out/synchronizations"
+    part float16 $py train.py $small --dtype=float16 --out_dir="$out/float16"
+    part processes $py -m torch.distributed.run --standalone --nproc_per_node=$processes train.py \
+        config/train_gpt2_alibi.py --dataset=$dataset --wandb_log=False $train_sizes --max_iters=20 \
+        --eval_iters=2 --log_interval=1 --gradient_accumulation_steps=24 --out_dir="$out/processes"
+}
+
+strike() {  # SIGNAL LINE STATUS COMMAND...: send the signal when a line is printed, and expect an exit status
+    local signal=$1 line=$2 expected=$3 log="$out/strike-$1.txt" status
+    shift 3
+    "$@" > "$log" 2>&1 &
+    until grep -q "$line" "$log" || ! kill -0 $! 2> /dev/null; do sleep 0.05; done
+    kill -"$signal" $!
+    wait $!
+    status=$?
+    echo "== SIG$signal after '$line': exit status $status, expected $expected"
+    [ "$status" = "$expected" ] || failed+=("strike-$signal")
+}
+
+interrupt_and_resume() {
+    # killed, interrupted and resumed, in bfloat16 and compiled
+    local run="$py train.py config/train_shakespeare_char.py $train_sizes"
+    run="$run --max_iters=600 --lr_decay_iters=600 --eval_interval=100 --eval_iters=10"
+    strike KILL '^step 200' 137 $run --out_dir="$out/killed"
+    strike TERM '^step 400' 0 $run --out_dir="$out/killed" --init_from=resume
+    part resumed $run --out_dir="$out/killed" --init_from=resume
+    part uninterrupted $run --out_dir="$out/uninterrupted"
+    grep '^step 600' "$out/resumed.txt" "$out/uninterrupted.txt"
+}
+
+main() {
+    trap 'exit 130' INT        # Ctrl-C ends all, not just a part
+    part versions $py -m torch.utils.collect_env
+    bench_steps
+    train_characters
+    compare_texts
+    short_runs
+    interrupt_and_resume
+    part tests $py -m pytest -m 'not slow' -p no:cacheprovider $tests
+    echo "== failed: ${failed[*]:-nothing}"
+    [ ${#failed[@]} = 0 ]
+}
+main 2>&1 | tee -i "$out/log.txt"

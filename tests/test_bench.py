@@ -2,11 +2,14 @@
 import json
 import re
 import runpy
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import error_line, run_script
+from conftest import REPO, environment, error_line, run_script
 
 import bench
 
@@ -177,3 +180,25 @@ def test_a_ratio_is_taken_block_by_block():
 def test_on_a_gpu(checkout):
     output = run_script(checkout, 'bench.py', *SMALL, '--n_embd=64', '--block_size=128', timeout=600)
     assert re.search(r'^ALiBi +[\d.]+', output, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_what_needs_a_gpu_is_rehearsed(checkout, tmp_path):
+    """Each part of benchmarks/bench_gpu.sh runs on a CPU, also behind one that fails, and is in the log."""
+    (checkout / 'benchmarks').mkdir()
+    shutil.copy(REPO / 'benchmarks/bench_gpu.sh', checkout / 'benchmarks')
+    (tmp_path / 'float16').write_text('in the way of an out_dir')  # and the checkout has no tests
+    command = ['bash', 'benchmarks/bench_gpu.sh', tmp_path, sys.executable, 'rehearse']
+    done = subprocess.run(command, cwd=checkout, env=environment(), timeout=500, stderr=subprocess.STDOUT,
+                          stdout=subprocess.PIPE)
+    log = (tmp_path / 'log.txt').read_bytes()
+    assert log == done.stdout
+    log = log.decode()
+    statuses = dict(re.findall(r'^== (\S+): exit status (\d+) after', log, re.MULTILINE))
+    failed = [name for name, status in statuses.items() if status != '0']
+    assert len(statuses) == 22, log
+    assert failed == ['float16', 'tests'], log
+    assert log.endswith('== failed: float16 tests\n')
+    assert done.returncode == 1
+    for name in statuses:
+        assert (tmp_path / f'{name}.txt').exists()
