@@ -67,6 +67,7 @@ seed = 1337                    # of the weights and the tokens
 device = 'auto'                # cpu, cuda, cuda:1, mps
 dtype = 'auto'                 # float32, bfloat16 or float16
 compile = 'auto'               # torch.compile the model: True or False
+checkpoint_activations = False  # as in train.py, in all steps but the plain one
 # ---------------------------------------------------------------------------------------------------------
 setting_names = [name for name, value in list(globals().items())
                  if not name.startswith('_') and type(value) in (bool, int, float, str)]
@@ -178,10 +179,10 @@ def make_model(job, use_alibi):
     return GPT(replace(job.config, use_alibi=use_alibi)).to(job.run.device)
 
 
-def make_step(job, use_alibi=False, make_attention=None):
+def make_step(job, use_alibi=False, make_attention=None, optimizer='adamw', checkpoint_activations=False):
     """The model, and a function that makes update k as train.py does and returns the loss.
 
-    make_attention(slopes, T): another way to compute ALiBi than the model's own.
+    make_attention(slopes, T): another way to compute ALiBi than the model's own. The others: as in train.py.
     """
     run, T = job.run, job.config.block_size
     raw_model = make_model(job, use_alibi)
@@ -189,7 +190,7 @@ def make_step(job, use_alibi=False, make_attention=None):
     if make_attention:
         model = partial(model, attend=make_attention(raw_model.slopes, T))
     params = list(raw_model.parameters())
-    optimizer = raw_model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), run.device.type)
+    opt = raw_model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), run.device.type, optimizer)
     scaler = run.grad_scaler()
 
     def step(k):
@@ -197,7 +198,9 @@ def make_step(job, use_alibi=False, make_attention=None):
             x, y = draw_batch(job.data, job.batch_size, T, job.config.vocab_size,
                               derive_seed(seed, TRAIN_BATCH, k))
             return run.to_device(x), run.to_device(y)
-        return update(model, params, optimizer, scaler, run, get_batch, n_batches=1, grad_clip=1.0)[0]
+        loss, _ = update(model, params, opt, scaler, run, get_batch, n_batches=1, grad_clip=1.0,
+                         checkpoint_activations=checkpoint_activations)
+        return loss
     return raw_model, step
 
 
@@ -266,13 +269,14 @@ def warm_up(run):
 
 def kinds_of_step(job):
     """What makes each kind of step, by name."""
+    make = partial(make_step, job, checkpoint_activations=checkpoint_activations)
     kinds = {'plain step': partial(make_plain_step, job),
-             'learned positions': partial(make_step, job),
-             'ALiBi': partial(make_step, job, use_alibi=True),
-             'ALiBi, explicit scores': partial(make_step, job, use_alibi=True, make_attention=explicit_alibi)}
+             'learned positions': make,
+             'ALiBi': partial(make, use_alibi=True),
+             'learned positions, Muon': partial(make, optimizer='muon'),
+             'ALiBi, explicit scores': partial(make, use_alibi=True, make_attention=explicit_alibi)}
     if job.run.device.type == 'cuda' and job.run.compile and job.config.dropout == 0:
-        kinds['ALiBi, FlexAttention'] = partial(make_step, job, use_alibi=True,
-                                                make_attention=alibi_flex_attention)
+        kinds['ALiBi, FlexAttention'] = partial(make, use_alibi=True, make_attention=alibi_flex_attention)
     return kinds
 
 
@@ -316,6 +320,8 @@ def bench_training(job):
         print(f"{name:24}{spread:>30}{1000 * tokens / median:>11,.0f}  {ratio(times, name, base):24}"
               f"{peak:>12}{side.first:>10.1f} s{mfu}")
     print(f"{blocks} blocks of {n} steps of each kind in turn; the first step holds what is compiled")
+    if {'learned positions', 'learned positions, Muon'} <= times.keys():
+        print(f"Muon's step / AdamW's: {ratio(times, 'learned positions, Muon', 'learned positions')}")
     wanted = 'ALiBi' if use_alibi else 'learned positions'
     return sides.get(wanted, sides[base]).step
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
 
 from optimizer import Muon
 
@@ -275,7 +276,8 @@ class GPT(nn.Module):
         if isinstance(module, (CausalSelfAttention, MLP)):  # visited after the Linear layers in them
             nn.init.normal_(module.c_proj.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
-    def forward(self, idx, targets=None, cache: KVCache | None = None, return_logits=True, attend=None):
+    def forward(self, idx, targets=None, cache: KVCache | None = None, return_logits=True, attend=None,
+                checkpoint_activations=False):
         """Logits, and the mean cross-entropy in nats if there are targets.
 
         idx (B, T) int64: token ids. targets (B, T) int64 or None: the next ids; -1 is ignored.
@@ -283,6 +285,8 @@ class GPT(nn.Module):
         cache: idx continues the tokens that it holds, and is added to it.
         return_logits: False, with targets, gives None for the logits, which saves memory where they are many.
         attend: (q, k, v, dropout_p) -> y, masked and biased, in place of the model's own choice.
+        checkpoint_activations: keep each block's input only, and compute the rest again in the backward pass
+        (Chen et al. 2016, arXiv 1604.06174): less memory, more time, the same gradients.
         Raises ValueError for more than block_size tokens with learned positions.
         """
         T, device = idx.size(1), idx.device
@@ -298,6 +302,8 @@ class GPT(nn.Module):
             attend = self.choose_attention(i, S, is_padded, x.dtype)
         x = self.transformer.drop(x)
         for layer, block in enumerate(self.transformer.h):
+            if checkpoint_activations:
+                block = partial(checkpoint, block, use_reentrant=False)
             x = block(x, attend, None if cache is None else partial(cache.extend, layer, i, S))
         x = self.transformer.ln_f(x)                                # (B, T, C)
         if targets is None:

@@ -87,6 +87,7 @@ timeout = 1800                 # seconds that a process waits for the others bef
 device = 'auto'                # cpu, cuda, cuda:1, mps
 dtype = 'auto'                 # float32, bfloat16, or float16 with a gradient scaler
 compile = 'auto'               # torch.compile the model: True or False
+checkpoint_activations = False  # recompute activations in the backward pass: less memory, more time
 # ---------------------------------------------------------------------------------------------------------
 setting_names = [name for name, value in list(globals().items())
                  if not name.startswith('_') and type(value) in (bool, int, float, str)]
@@ -430,11 +431,12 @@ def evaluate(model, run, get_batch, stop_requested):
 
 
 def update(model, params, optimizer, scaler, run, get_batch, n_batches, grad_clip,
-           before_step=lambda loss: True):
+           before_step=lambda loss: True, checkpoint_activations=False):
     """Make one update of the params (a list) from n_batches micro-batches in each process.
 
     get_batch(i): inputs and targets, (B, T) int64 each. before_step(loss) is asked once the gradient is
     there: if false, the params stay as they are. So they do if the gradient is not finite: scaler sees to it.
+    checkpoint_activations: see GPT.forward.
     Returns this process's mean loss, and the norm before clipping of the gradient of all, or None without a
     step: scalars on the device, which is not waited for.
     """
@@ -444,7 +446,7 @@ def update(model, params, optimizer, scaler, run, get_batch, n_batches, grad_cli
         is_last = i == n_batches - 1                                # processes exchange gradients once
         with nullcontext() if is_last or run.world_size == 1 else model.no_sync():
             with run.autocast():
-                _, loss = model(x, y, return_logits=False)
+                _, loss = model(x, y, return_logits=False, checkpoint_activations=checkpoint_activations)
             scaler.scale(loss / n_batches).backward()
         losses[i] = loss.detach()
     loss = losses.mean()
@@ -550,7 +552,7 @@ def train():
             # the update
             start_time = time.perf_counter()
             loss, norm = update(ddp_model, params, optimizer, scaler, run, get_micro_batch, n_batches,
-                                grad_clip, before_step)
+                                grad_clip, before_step, checkpoint_activations)
             if norm is None:
                 is_saved = iter_num > 0 and not eval_only
                 hint = "resume with --init_from=resume" if is_saved else "nothing to save"

@@ -27,10 +27,12 @@ def has_row(name, output):
 def test_the_tables(checkout):
     output = run_script(checkout, 'bench.py', *SMALL, '--profile=True', '--device=cpu')
     columns = r' +[\d.]+ \([\d.]+ to [\d.]+\) +[\d,]+  [\d.]+ \('  # ms with quartiles, tokens/s, ratio
-    training = ('plain step', 'learned positions', 'ALiBi', 'ALiBi, explicit scores')
+    training = ('plain step', 'learned positions', 'ALiBi', 'learned positions, Muon',
+                'ALiBi, explicit scores')
     generation = ('with the cache', 'without')
     for row in training + generation:
         assert re.search(f'^{row}{columns}', output, re.MULTILINE), row
+    assert re.search(r"^Muon's step / AdamW's: [\d.]+ \([\d.]+ to [\d.]+\)$", output, re.MULTILINE)
     operations = re.findall(r'^ +[\d.]+ ms +[\d.]+% +\d+ calls  \S', output, re.MULTILINE)
     assert len(operations) == 10
     trace = (checkout / 'bench-trace.json').read_text(encoding='utf-8')
@@ -168,6 +170,27 @@ def test_explicit_scores_are_the_same_model(job):
     assert learned.keys() != alibi.keys()
     for name in alibi:
         torch.testing.assert_close(alibi[name], explicit[name], rtol=0, atol=1e-5)
+
+
+def test_the_optimizer_and_checkpointing_are_as_asked_for(job, monkeypatch):
+    calls = []
+    configure, forward = bench.GPT.configure_optimizers, bench.GPT.forward
+
+    def spy_optimizer(self, *args):
+        optimizer = configure(self, *args)
+        calls.append(type(optimizer).__name__)
+        return optimizer
+
+    def spy_forward(self, *args, checkpoint_activations=False, **options):
+        calls.append(checkpoint_activations)
+        return forward(self, *args, checkpoint_activations=checkpoint_activations, **options)
+
+    monkeypatch.setattr(bench.GPT, 'configure_optimizers', spy_optimizer)
+    monkeypatch.setattr(bench.GPT, 'forward', spy_forward)
+    monkeypatch.setattr(bench, 'checkpoint_activations', True)
+    for make in bench.kinds_of_step(job).values():
+        make()[1](0)
+    assert calls == [False, 'AdamW', True, 'AdamW', True, 'Muon', True, 'AdamW', True]
 
 
 def test_a_ratio_is_taken_block_by_block():

@@ -482,7 +482,8 @@ def test_no_checkpoint_yet(run_train):
         run_train(**RUINOUS)
 
 
-def test_float16_skips_a_step_that_overflows(run_train, monkeypatch):
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_float16_skips_a_step_that_overflows(run_train, monkeypatch, optimizer):
     """With far too large a loss scale every step does: the weights stay, and the scale falls."""
     original = torch.amp.GradScaler
 
@@ -490,7 +491,7 @@ def test_float16_skips_a_step_that_overflows(run_train, monkeypatch):
         return original(device, init_scale=2.0 ** 60)
 
     monkeypatch.setattr(torch.amp, 'GradScaler', large_scaler)
-    state = load_state(run_train(dtype='float16', max_iters=3))
+    state = load_state(run_train(dtype='float16', max_iters=3, optimizer=optimizer))
     assert same_tensors(state['model'], new_model().state_dict())
     assert state['scaler']['scale'] == 2.0 ** 57
     assert state['iter_num'] == 3

@@ -376,6 +376,57 @@ def test_compiled_training_step_equals_eager():
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+def step_results(step, model, idx, dtype=None, **options):
+    """The loss of step (the model, or compiled from it), its gradients, and the next random number."""
+    model.zero_grad()
+    torch.manual_seed(5)                                            # for dropout
+    with torch.autocast('cpu', dtype, enabled=dtype is not None):
+        _, loss = step(idx[:, :-1], idx[:, 1:], **options)
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters()), torch.rand(1)]
+
+
+@pytest.mark.parametrize('use_alibi', [False, True])
+@pytest.mark.parametrize('dropout', [0.0, 0.3])
+@pytest.mark.parametrize('dtype', [None, torch.bfloat16, torch.float16])
+def test_checkpointed_activations_change_no_bit(use_alibi, dropout, dtype):
+    model, idx = small(use_alibi=use_alibi, dropout=dropout).train(), random_ids(2, 17)
+    kept = step_results(model, model, idx, dtype)
+    recomputed = step_results(model, model, idx, dtype, checkpoint_activations=True)
+    for a, b in zip(kept, recomputed, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_checkpointed_activations_are_not_kept():
+    """For the backward pass each further block keeps nothing but its input, (B, T, C)."""
+    def numbers_kept(n_layer):
+        kept = {}
+
+        def note(tensor):
+            kept[tensor.data_ptr()] = tensor                        # alive, so that no other gets its address
+            return tensor
+
+        model = small(n_layer=n_layer, dropout=0.3).train()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            model(random_ids(2, 16), random_ids(2, 16), checkpoint_activations=True)
+        return sum(tensor.numel() for tensor in kept.values())
+
+    assert numbers_kept(5) - numbers_kept(2) == 3 * 2 * 16 * SMALL['n_embd']
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('use_alibi', [False, True])
+def test_compiled_checkpointed_activations_equal_kept_ones(use_alibi):
+    model, idx = small(std=0.02, use_alibi=use_alibi, dropout=0.3).train(), random_ids(2, 17)
+    step = torch.compile(model)
+    kept = step_results(step, model, idx)
+    recomputed = step_results(step, model, idx, checkpoint_activations=True)
+    again = step_results(step, model, idx, checkpoint_activations=True)
+    for a, b, c in zip(kept, recomputed, again, strict=True):
+        assert torch.equal(b, c)
+        torch.testing.assert_close(b, a, rtol=0, atol=1e-5 * a.abs().max())
+
+
 @pytest.mark.parametrize('dtype', [None, torch.bfloat16])
 def test_the_loss_in_chunks_is_the_whole_one(dtype):
     """With return_logits=False many logits are computed in chunks: the same loss, the same gradients."""

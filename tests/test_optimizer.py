@@ -171,23 +171,29 @@ def test_a_step_that_found_inf_changes_nothing():
     del optimizer.found_inf
 
 
-@pytest.mark.parametrize('fixed', [True, False])
-def test_grad_scaler_skips_what_is_not_finite(fixed):
-    """A run whose second gradient is broken is one without it; scale fixed at 1 or undone in step()."""
+@pytest.mark.parametrize('scale', [1.0, 1024.0])
+@pytest.mark.parametrize('clips', [True, False])
+def test_grad_scaler_skips_what_is_not_finite(scale, clips):
+    """A run whose second gradient is broken is one without it; unscaled for clipping or in step()."""
     def train(iterations):
         params, optimizer = mixed()
         optimizer.register_step_pre_hook(lambda *_: found.append(optimizer.found_inf.item()))
-        scaler = torch.amp.GradScaler('cpu', init_scale=1.0 if fixed else 1024.0)
+        scaler = torch.amp.GradScaler('cpu', init_scale=scale)
         for iteration in iterations:
+            before = everything(params, optimizer)
             give_gradients(params, iteration)
             for p in params:
                 p.grad *= scaler.scale(torch.ones(()))
             if iteration == 1:
                 params[0].grad[2, 3] = float('inf')                 # one number of all
-            if fixed:
+            if clips:
                 scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(params, 10.0)
             scaler.step(optimizer)
-            scaler.update(1.0 if fixed else 1024.0)
+            scaler.update(1.0 if scale == 1 else None)              # None: a broken step halves it
+            if iteration == 1:
+                assert_equal(everything(params, optimizer), before)
+        assert scaler.get_scale() == (scale if scale == 1 or 1 not in iterations else scale / 2)
         return everything(params, optimizer)
 
     found = []

@@ -170,9 +170,11 @@ def test_rank_without_torchrun_is_one_line(checkout, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_compiled_run_resumes_to_the_bit_on_two_threads(checkout, tmp_path):
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_a_compiled_run_resumes_to_the_bit_on_two_threads(checkout, tmp_path, optimizer):
     """Inductor would add up the embedding's gradient in whatever order the threads come."""
-    options = TINY | dict(n_head=4, n_embd=128, block_size=64, batch_size=12, dropout=0.0, compile=True)
+    options = TINY | dict(n_head=4, n_embd=128, block_size=64, batch_size=12, dropout=0.0, compile=True,
+                          optimizer=optimizer)
     parts = arguments(**options, out_dir=tmp_path / 'parts')
     threads = {'OMP_NUM_THREADS': '2'}
     run_script(checkout, 'train.py', *arguments(**options, out_dir=tmp_path / 'whole'), env=threads)

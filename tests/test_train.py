@@ -25,6 +25,7 @@ from conftest import (
     weights,
 )
 
+import model
 import runtime
 import train
 from configurator import configure
@@ -132,7 +133,9 @@ def test_clipping(run_train, grad_clip):
 
 # resume
 
-@pytest.mark.parametrize('options', [{}, dict(use_alibi=True), dict(dtype='bfloat16'), dict(dtype='float16')])
+@pytest.mark.parametrize('options', [
+    {}, dict(use_alibi=True), dict(dtype='bfloat16'), dict(dtype='float16'),
+    dict(optimizer='muon', dtype='bfloat16'), dict(optimizer='muon', dtype='float16')])
 def test_resume_equals_no_interruption(run_train, options):
     """10 + 10 iterations produce the weights of 20, bit for bit, with dropout on."""
     whole = run_train('whole', **options)
@@ -140,6 +143,29 @@ def test_resume_equals_no_interruption(run_train, options):
     run_train('parts', init_from='resume', **options)
     assert same_weights(whole, parts)
     assert losses(whole) == losses(parts)
+    assert evaluations(whole)[-1]['val_loss'] < evaluations(whole)[0]['val_loss'] - 0.2
+
+
+def test_checkpointed_activations_change_no_weight(run_train, monkeypatch):
+    """Blocks run again in the backward pass, not in evaluations. A resumed run may change its mind."""
+    calls = 0
+    forward = model.Block.forward
+
+    def count(*args):
+        nonlocal calls
+        calls += 1
+        return forward(*args)
+
+    monkeypatch.setattr(model.Block, 'forward', count)
+    kept = run_train('kept')
+    expected = calls + 2 * 20 * 2                                   # each block, iteration and micro-batch
+    calls = 0
+    recomputed = run_train('recomputed', checkpoint_activations=True)
+    assert calls == expected
+    assert same_weights(kept, recomputed)
+    assert losses(kept) == losses(recomputed)
+    run_train('mixed', max_iters=10, checkpoint_activations=True)
+    assert same_weights(kept, run_train('mixed', init_from='resume'))
 
 
 def test_evaluating_more_often_changes_nothing(run_train):
@@ -368,7 +394,7 @@ def test_the_settings_are_nanogpts():
         seed=1337, backend='auto', device='auto', dtype='auto', compile='auto')
     ours = dict(
         optimizer='adamw', muon_learning_rate=0.02, muon_momentum=0.95, muon_steps=5, save_interval=0,
-        keep_checkpoints=0, allow_new_data=False, timeout=1800)
+        keep_checkpoints=0, allow_new_data=False, timeout=1800, checkpoint_activations=False)
     assert default_settings() == expected | ours
 
 
@@ -455,9 +481,31 @@ def test_wandb_for_real_offline(checkout, tmp_path):
 
 # several processes
 
-def test_two_processes_equal_one(checkout, tmp_path):
+# train.py, and then the hash of the weights that this process ends with
+TRAIN_AND_HASH = """
+import hashlib
+import runpy
+import model
+models, init = [], model.GPT.__init__
+def remember(self, config):
+    init(self, config)
+    models.append(self)
+model.GPT.__init__ = remember
+runpy.run_path('train.py', run_name='__main__')
+data = b''.join(p.detach().numpy().tobytes() for p in models[0].parameters())
+print('weights:', hashlib.sha256(data).hexdigest())
+"""
+
+
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_two_processes_equal_one(checkout, tmp_path, optimizer):
+    (checkout / 'train_and_hash.py').write_text(TRAIN_AND_HASH)
     for n in (1, 2):
-        torchrun(checkout, n, 'train.py', *tiny(out_dir=tmp_path / str(n)))
+        options = tiny(optimizer=optimizer, out_dir=tmp_path / str(n))
+        output = torchrun(checkout, n, 'train_and_hash.py', *options)
+        hashes = re.findall('weights: ([0-9a-f]{64})', output)
+        assert len(hashes) == n
+        assert len(set(hashes)) == 1  # the two have the same weights, to the bit
     one, two = read_metrics(tmp_path / '1'), read_metrics(tmp_path / '2')
     assert [r['iter'] for r in one] == [r['iter'] for r in two]
     for a, b in zip(one, two):
