@@ -10,13 +10,15 @@ A step is train.update() on one micro-batch. The kinds of step take turns, block
 that slows down slows all of them: what they take relative to each other is worth more than the milliseconds.
 The plain step is one as nanoGPT writes it, eager: windows stacked one by one, all logits, PyTorch's AdamW as
 it comes. Times are medians over the blocks, with the middle half behind them.
+A kind of step that fails is left out and the others go on; the exit status is then 1, unless it was only too
+large for the memory.
 """
-import ctypes
 import math
 import signal
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
@@ -61,7 +63,7 @@ steps = 0                      # in a block; 0: for about half a second
 max_new_tokens = 64            # that are generated; 0: none
 prompt_size = 256              # tokens that generation starts from, at most half of block_size
 num_samples = 1                # generated in a batch
-profile = False                # write bench-trace.json, and print the ten most expensive operations
+profile = False                # print the ten most expensive operations, and write bench-trace.json
 # system
 seed = 1337                    # of the weights and the tokens
 device = 'auto'                # cpu, cuda, cuda:1, mps
@@ -92,71 +94,71 @@ class Job(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------
 # measuring
 
-def alternate(sides: dict, blocks: int, steps: int, wait=lambda: None) -> dict:
-    """Run each side's step(k) `steps` times, block by block in turn: the seconds a step, a list by name."""
+def unless_it_fails(failed: list, name: str, action: Callable, *args):
+    """action(*args), or None with a note where it fails, so that what comes after it is still measured.
+
+    Lack of memory is one line. Any other error keeps its traceback, and the name is added to `failed`.
+    """
+    try:
+        return action(*args)
+    except Exception as error:
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if known or "can't allocate memory" in str(error) or 'out of memory' in str(error):
+            print(f"{name}: does not fit in memory")
+        else:
+            traceback.print_exc()
+            print(f"{name}: not measured: {type(error).__name__}: {runtime.first_sentence(error)}")
+            failed.append(name)
+
+
+def alternate(sides: dict[str, Callable], blocks: int, steps: int, wait: Callable = lambda: None,
+              attempt: Callable = lambda name, action, *args: action(*args)) -> dict[str, list[float]]:
+    """Run each side's step(k) `steps` times, block by block in turn: the seconds a step, a list by name.
+
+    wait(): until the device is done. attempt: how a block is run; a side is left out once that gives None.
+    """
+    def time_block(step, first):
+        start = time.perf_counter()
+        for k in range(first, first + steps):
+            step(k)
+        wait()
+        return (time.perf_counter() - start) / steps
+
     times = {name: [] for name in sides}
     for block in range(blocks):
-        for name, step in sides.items():
-            start = time.perf_counter()
-            for k in range(block * steps, (block + 1) * steps):
-                step(k)
-            wait()
-            times[name].append((time.perf_counter() - start) / steps)
+        for name in list(times):
+            seconds = attempt(name, time_block, sides[name], block * steps)
+            if seconds is None:
+                del times[name]
+            else:
+                times[name].append(seconds)
     return times
 
 
-def quartiles(values):
+def quartiles(values: list[float]) -> list[float]:
     """Lower quartile, median, upper quartile."""
     return statistics.quantiles(values, n=4, method='inclusive') if len(values) > 1 else values * 3
 
 
-def ratio(times, name, base):
+def ratio(times: dict[str, list[float]], name: str, base: str) -> str:
     """The median over the blocks of name's time against base's, with the middle half."""
     low, median, high = quartiles([a / b for a, b in zip(times[name], times[base])])
     return f"{median:.3f} ({low:.3f} to {high:.3f})"
 
 
-class PeakMemory:
-    """The most memory in use between reset() and read(), in GiB, beyond what was before; None if unknown."""
+def print_table(title: str, unit: str, times: dict[str, list[float]], tokens: int, columns: dict):
+    """Print a row for each side, compared with the first one.
 
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.before = None
-
-    def reset(self):
-        if self.device.type == 'cuda':
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self.before = torch.cuda.memory_allocated(self.device)
-        elif self.device.type == 'cpu' and Path('/proc/self/clear_refs').exists():
-            ctypes.CDLL(None).malloc_trim(0)                        # what was freed goes back to the system
-            Path('/proc/self/clear_refs').write_text('5')           # the peak starts again at what is in use
-            self.before = self.linux_memory('VmRSS')
-
-    def read(self):
-        if self.before is None:
-            return None
-        if self.device.type == 'cuda':
-            return (torch.cuda.max_memory_allocated(self.device) - self.before) / 2**30
-        return (self.linux_memory('VmHWM') - self.before) / 2**30
-
-    @staticmethod
-    def linux_memory(key):
-        """A figure of this process's, in bytes."""
-        for line in Path('/proc/self/status').read_text().splitlines():
-            if line.startswith(key):
-                return int(line.split()[1]) * 1024
-
-
-def unless_too_large(name, function, *args, **options):
-    """function(*args, **options), or None with a note if that does not fit in memory."""
-    try:
-        return function(*args, **options)
-    except (RuntimeError, MemoryError) as error:
-        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not known and "can't allocate memory" not in str(error) and 'out of memory' not in str(error):
-            raise
-        print(f"{name}: does not fit in memory")
+    times: seconds for so many tokens, block by block. columns: more of them, {title: {side: text}}.
+    """
+    base = next(iter(times))
+    print(f"\n{title:24}{unit:>30}{'tokens/s':>11}  {'time / ' + base:24}"
+          + ''.join(f'{column:>13}' for column in columns))
+    for name in times:
+        low, median, high = (1000 * seconds for seconds in quartiles(times[name]))
+        spread = f'{median:.2f} ({low:.2f} to {high:.2f})'
+        print(f"{name:24}{spread:>30}{1000 * tokens / median:>11,.0f}  {ratio(times, name, base):24}"
+              + ''.join(f'{texts[name]:>13}' for texts in columns.values()))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -179,7 +181,8 @@ def make_model(job, use_alibi):
     return GPT(replace(job.config, use_alibi=use_alibi)).to(job.run.device)
 
 
-def make_step(job, use_alibi=False, make_attention=None, optimizer='adamw', checkpoint_activations=False):
+def make_step(job: Job, use_alibi=False, make_attention=None, optimizer='adamw',
+              checkpoint_activations=False) -> tuple[GPT, Callable]:
     """The model, and a function that makes update k as train.py does and returns the loss.
 
     make_attention(slopes, T): another way to compute ALiBi than the model's own. The others: as in train.py.
@@ -204,7 +207,7 @@ def make_step(job, use_alibi=False, make_attention=None, optimizer='adamw', chec
     return raw_model, step
 
 
-def make_plain_step(job):
+def make_plain_step(job: Job) -> tuple[GPT, Callable]:
     """The same, the plain way."""
     run, T = job.run, job.config.block_size
     model = make_model(job, use_alibi=False)
@@ -235,38 +238,6 @@ def make_plain_step(job):
     return model, step
 
 
-class Side(NamedTuple):
-    """A kind of step, after the first two of them."""
-    model: GPT
-    step: Callable     # update k -> loss
-    peak: float        # of memory, in GiB, or None
-    first: float       # seconds of the first step, which compiles
-    second: float      # and of the second
-
-
-def first_steps(run, make):
-    """Make a kind of step and do two of them."""
-    memory, seconds = PeakMemory(run.device), []
-    memory.reset()
-    model, step = make()
-    for k in range(2):
-        start = time.perf_counter()
-        step(k)
-        run.wait()
-        seconds.append(time.perf_counter() - start)
-    return Side(model, step, memory.read(), *seconds)
-
-
-def warm_up(run):
-    """A step of a tiny model, so that what libraries allocate at first use counts for no kind of step."""
-    model = GPT(GPTConfig(block_size=16, vocab_size=16, n_layer=1, n_head=1, n_embd=16)).to(run.device)
-    optimizer = torch.optim.AdamW(model.parameters())
-    idx = torch.zeros(1, 16, dtype=torch.int64, device=run.device)
-    with run.autocast():
-        model(idx, idx)[1].backward()
-    optimizer.step()
-
-
 def kinds_of_step(job):
     """What makes each kind of step, by name."""
     make = partial(make_step, job, checkpoint_activations=checkpoint_activations)
@@ -277,57 +248,66 @@ def kinds_of_step(job):
              'ALiBi, explicit scores': partial(make, use_alibi=True, make_attention=explicit_alibi)}
     if job.run.device.type == 'cuda' and job.run.compile and job.config.dropout == 0:
         kinds['ALiBi, FlexAttention'] = partial(make, use_alibi=True, make_attention=alibi_flex_attention)
+    else:
+        print("ALiBi, FlexAttention: not measured: it takes CUDA, compile=True and dropout=0")
     return kinds
 
 
-def take_turns(sides, run):
-    """Time the sides in turn. Leaves out the last ones if they fit in memory alone but not together.
-
-    Returns the sides, the seconds a step of each, and the number of steps in a block.
-    """
-    while sides:
-        steps_of = {name: side.step for name, side in sides.items()}
-        n = steps or max(1, round(0.5 / min(side.second for side in sides.values())))
-        last = list(sides)[-1]
-        times = unless_too_large(f'{last}, beside the others', alternate, steps_of, blocks, n, run.wait)
-        if times:
-            return sides, times, n
-        del sides[last], steps_of
-    raise UserError("no kind of step fits in memory: try a smaller batch_size or block_size")
+class Side(NamedTuple):
+    """A kind of step, after the first two of them."""
+    model: GPT
+    step: Callable     # update k -> loss
+    first: float       # seconds of the first step, which compiles
+    second: float      # and of the second
+    peak: float        # of a GPU's memory, in GiB, beyond what the sides before it hold
 
 
-def bench_training(job):
-    """Print the table of training steps. Returns the step that `profile` looks at."""
+def first_steps(run, make):
+    """Make a kind of step and do two of them."""
+    on_gpu = run.device.type == 'cuda'
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(run.device)
+        before = torch.cuda.memory_allocated(run.device)
+    model, step = make()
+    first, second = alternate({'': step}, 2, 1, run.wait)['']
+    peak = (torch.cuda.max_memory_allocated(run.device) - before) / 2**30 if on_gpu else 0.0
+    return Side(model, step, first, second, peak)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# the work
+
+def bench_training(job, attempt):
+    """Print the table of training steps."""
     run, sides = job.run, {}
     for name, make in kinds_of_step(job).items():
-        side = unless_too_large(name, first_steps, run, make)
+        side = attempt(name, first_steps, run, make)
         if side:
             sides[name] = side
-            run.print(f"{name}: {side.first:.1f} s for the first step, {side.second:.3g} s for the second")
-    sides, times, n = take_turns(sides, run)
-    base = next(iter(sides))
-    tokens = job.batch_size * job.config.block_size
+            print(f"{name}: {side.first:.1f} s for the first step, {side.second:.3g} s for the second")
+    n = steps or max(1, round(0.5 / min([side.second for side in sides.values()], default=0.5)))
+    times = alternate({name: side.step for name, side in sides.items()}, blocks, n, run.wait, attempt)
+    if not times:
+        raise UserError("no kind of step could be measured: try a smaller batch_size or block_size")
+
+    columns = {'first step': {name: f"{sides[name].first:.1f} s" for name in times}}
+    if run.device.type == 'cuda':
+        columns['peak memory'] = {name: f"{sides[name].peak:.2f} GiB" for name in times}
     peak_flops = runtime.peak_flops(run)
-    print(f"\n{'training step':24}{'ms':>30}{'tokens/s':>11}  {'time / ' + base:24}{'peak memory':>12}"
-          f"{'first step':>12}{'     MFU' if peak_flops else ''}")
-    for name, side in sides.items():
-        low, median, high = (1000 * value for value in quartiles(times[name]))
-        spread = f'{median:.2f} ({low:.2f} to {high:.2f})'
-        peak = f"{side.peak:.2f} GiB" if side.peak is not None else 'not known'
-        mfu = ''
-        if peak_flops:
-            mfu = f"{side.model.estimate_mfu(job.batch_size, median / 1000, peak_flops):8.1%}"
-        print(f"{name:24}{spread:>30}{1000 * tokens / median:>11,.0f}  {ratio(times, name, base):24}"
-              f"{peak:>12}{side.first:>10.1f} s{mfu}")
+    if peak_flops:
+        def mfu(name):
+            seconds = statistics.median(times[name])
+            return sides[name].model.estimate_mfu(job.batch_size, seconds, peak_flops)
+        columns['MFU'] = {name: f"{mfu(name):.1%}" for name in times}
+    print_table('training step', 'ms', times, job.batch_size * job.config.block_size, columns)
     print(f"{blocks} blocks of {n} steps of each kind in turn; the first step holds what is compiled")
     if {'learned positions', 'learned positions, Muon'} <= times.keys():
         print(f"Muon's step / AdamW's: {ratio(times, 'learned positions, Muon', 'learned positions')}")
-    wanted = 'ALiBi' if use_alibi else 'learned positions'
-    return sides.get(wanted, sides[base]).step
 
 
-def bench_generation(job):
-    """Print how fast text is generated, with the cache and without."""
+def bench_generation(job, attempt):
+    """Print the table of generation, with the cache and without."""
     run, config = job.run, job.config
     model = make_model(job, use_alibi).eval()
     T = min(prompt_size, max(1, config.block_size // 2))            # within block_size, where the cache helps
@@ -335,33 +315,32 @@ def bench_generation(job):
     generator = torch.Generator().manual_seed(seed)
     idx = run.to_device(torch.randint(config.vocab_size, (num_samples, T), generator=generator))
 
-    def make(**options):
+    def side(**options):
         def generate(k):
             with run.autocast():
                 model.generate(idx, n, top_k=200, **options)
         return generate
 
-    sides = {}
+    sides = {'without': side(use_cache=False), 'with the cache': side()}
     if run.compile:
-        sides['with the cache, compiled'] = make(decode=runtime.compile_decoding(model))
-    sides |= {'with the cache': make(), 'without': make(use_cache=False)}
-    for generate in sides.values():
-        generate(0)
-    run.wait()
-    times = alternate(sides, 5, 1, run.wait)
-    print(f"\n{'generation':24}{'ms a token':>30}{'tokens/s':>11}  time / without")
-    for name in sides:
-        low, median, high = (1000 * value / n for value in quartiles(times[name]))
-        spread = f'{median:.2f} ({low:.2f} to {high:.2f})'
-        print(f"{name:24}{spread:>30}{1000 * num_samples / median:>11,.0f}  {ratio(times, name, 'without')}")
-    print(f"{n} tokens behind a prompt of {T}, {num_samples} in a batch, prefill included")
+        sides['with the cache, compiled'] = side(decode=runtime.compile_decoding(model))
+    first = alternate(sides, 1, 1, run.wait, attempt)               # which compiles
+    times = alternate({name: sides[name] for name in first}, 5, 1, run.wait, attempt)
+    if times:
+        times = {name: [seconds / n for seconds in times[name]] for name in times}
+        print_table('generation', 'ms a token', times, num_samples, {})
+        print(f"{n} tokens behind a prompt of {T}, {num_samples} in a batch, prefill included")
 
 
-def write_profile(run, step):
+def write_profile(job):
     """Trace five steps: print the ten most expensive operations, and write bench-trace.json."""
+    run = job.run
+    _, step = make_step(job, use_alibi, checkpoint_activations=checkpoint_activations)
     activities = [torch.profiler.ProfilerActivity.CPU]
+    order = 'self_cpu_time_total'
     if run.device.type == 'cuda':
         activities.append(torch.profiler.ProfilerActivity.CUDA)
+        order = 'self_device_time_total'
     for k in range(2):                                              # not the first, which compiles
         step(k)
     run.wait()
@@ -370,23 +349,12 @@ def write_profile(run, step):
             step(k)
         run.wait()
     trace.export_chrome_trace('bench-trace.json')
-    if run.device.type == 'cuda':  # its kernels: the operations that start them have the same time
-        times = {event: event.self_device_time_total for event in trace.key_averages()
-                 if event.device_type.name == 'CUDA' and not getattr(event, 'is_user_annotation', False)}
-    else:
-        times = {event: event.self_cpu_time_total for event in trace.key_averages()}
-    total = sum(times.values())
-    print(f"\nthe ten most expensive operations of a step, {total / 5000:.2f} ms in all under the profiler")
-    for event in sorted(times, key=times.get, reverse=True)[:10]:
-        print(f"{times[event] / 5000:9.3f} ms {times[event] / total:6.1%} {event.count / 5:6.0f} calls  "
-              f"{event.key[:80]}")
+    print("\nthe ten most expensive operations, in five steps")
+    print(trace.key_averages().table(sort_by=order, row_limit=10, max_name_column_width=50))
     print("bench-trace.json: open it in a browser, at chrome://tracing or ui.perfetto.dev")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# the work
-
-def choose_job(run):
+def choose_job(run: runtime.Runtime) -> Job:
     """The settings, with what they leave open filled in."""
     given = {name: globals()[name] for name in CPU_SIZES}
     is_small = run.device.type == 'cpu' and not any(given.values())
@@ -420,13 +388,16 @@ def bench():
     print(f"{date.today()}, torch {torch.__version__}, {run}")
     runtime.check_ranges(globals(), RANGES)
     job = choose_job(run)
-    warm_up(run)
-    step = bench_training(job) if blocks else None
+    failed = []
+    attempt = partial(unless_it_fails, failed)
+    if blocks:
+        bench_training(job, attempt)
     if profile:
-        write_profile(run, step or make_step(job, use_alibi)[1])
+        write_profile(job)
     if max_new_tokens:
-        del step                                                    # and its memory
-        unless_too_large('generation', bench_generation, job)
+        bench_generation(job, attempt)
+    if failed:
+        raise UserError(f"not measured: {', '.join(failed)}; see the traceback above")
 
 
 if __name__ == '__main__':

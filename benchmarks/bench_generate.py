@@ -1,10 +1,10 @@
-"""Generation, 124M parameters, against transformers.
+"""Generation with 124M parameters, compared with transformers.
 
     python benchmarks/bench_generate.py
 
-The same GPT-2 weights (random ones), greedily, 64 tokens behind a prompt, one side after the other in turn:
-with the cache, the same compiled, transformers' GPT2LMHeadModel.generate with its cache, and once without a
-cache. All write the same tokens.
+All sides have the same random GPT-2 weights, write 64 tokens after a prompt greedily, and take turns: ours
+with the cache, the same compiled, and transformers' GPT2LMHeadModel.generate with its cache. Ours without a
+cache runs once. All should write the same tokens: their share is printed.
 """
 import statistics
 import sys

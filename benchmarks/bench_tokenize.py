@@ -1,4 +1,4 @@
-"""Tokens per second of data/openwebtext/prepare.py's batches, against a document at a time.
+"""Tokens per second of data/openwebtext/prepare.py, which tokenizes in batches, against a document at a time.
 
     python benchmarks/bench_tokenize.py
 

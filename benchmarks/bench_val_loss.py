@@ -2,7 +2,7 @@
 
     python benchmarks/bench_val_loss.py out-shakespeare-char ...
 
-Every token but the first is a target once, apart from those behind the last full window.
+Every token but the first is a target once, apart from those after the last full window.
 """
 import sys
 from pathlib import Path

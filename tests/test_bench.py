@@ -5,6 +5,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -33,7 +34,8 @@ def test_the_tables(checkout):
     for row in training + generation:
         assert re.search(f'^{row}{columns}', output, re.MULTILINE), row
     assert re.search(r"^Muon's step / AdamW's: [\d.]+ \([\d.]+ to [\d.]+\)$", output, re.MULTILINE)
-    operations = re.findall(r'^ +[\d.]+ ms +[\d.]+% +\d+ calls  \S', output, re.MULTILINE)
+    assert 'ALiBi, FlexAttention: not measured: it takes CUDA' in output
+    operations = re.findall(r'^ *\S+( +[\d.]+% +[\d.]+[mu]?s){2}', output, re.MULTILINE)
     assert len(operations) == 10
     trace = (checkout / 'bench-trace.json').read_text(encoding='utf-8')
     assert json.loads(trace)['traceEvents']
@@ -106,36 +108,50 @@ def test_what_does_not_fit_is_said_and_the_others_go_on(job, monkeypatch, capsys
     bench.bench()
     output = capsys.readouterr().out
     assert 'ALiBi, explicit scores: does not fit in memory' in output
-    assert 'generation: does not fit in memory' in output
+    assert 'with the cache: does not fit in memory' in output
     assert has_row('ALiBi', output)
     assert not has_row('ALiBi, explicit scores', output)
 
 
-def test_kinds_that_fit_alone_but_not_together(job, monkeypatch, capsys):
-    """The last ones are left out until the rest fit."""
-    alternate = bench.alternate
+def test_another_error_is_not_hidden_and_the_others_go_on(job, monkeypatch, capsys):
+    def fail(*args, **options):
+        raise ValueError('a bug')
 
-    def alternate_two(sides, *args):
-        if len(sides) > 2:
+    monkeypatch.setattr(bench, 'explicit_attention', fail)
+    with pytest.raises(bench.UserError, match='not measured: ALiBi, explicit scores'):
+        bench.bench()
+    output = capsys.readouterr()
+    assert 'ALiBi, explicit scores: not measured: ValueError: a bug' in output.out
+    assert "raise ValueError('a bug')" in output.err
+    assert has_row('ALiBi', output.out)
+    assert has_row('with the cache', output.out)
+
+
+def test_a_side_that_fails_in_its_turn_is_left_out(capsys):
+    """As one may that fits in memory alone, but not beside the others."""
+    calls = {'a': [], 'b': [], 'c': []}
+
+    def step(name, k):
+        calls[name].append(k)
+        if name == 'b' and k == 3:
             too_large()
-        return alternate(sides, *args)
 
-    monkeypatch.setattr(bench, 'alternate', alternate_two)
-    bench.bench_training(job)
-    output = capsys.readouterr().out
-    assert 'ALiBi, beside the others: does not fit in memory' in output
-    assert has_row('learned positions', output)
-    assert not has_row('ALiBi', output)
+    failed = []
+    sides = {name: partial(step, name) for name in calls}
+    times = bench.alternate(sides, 3, 2, attempt=partial(bench.unless_it_fails, failed))
+    assert calls == {'a': [0, 1, 2, 3, 4, 5], 'b': [0, 1, 2, 3], 'c': [0, 1, 2, 3, 4, 5]}
+    assert {name: len(seconds) for name, seconds in times.items()} == {'a': 3, 'c': 3}
+    assert failed == []
+    assert capsys.readouterr().out == 'b: does not fit in memory\n'
 
 
-def test_other_errors_are_not_taken_for_a_lack_of_memory():
-    def fail():
-        raise RuntimeError('other')
-
-    assert bench.unless_too_large('x', lambda y: y + 1, 1) == 2
-    with pytest.raises(RuntimeError, match='other'):
-        bench.unless_too_large('x', fail)
-    assert bench.unless_too_large('x', lambda: np.empty(2**50)) is None
+def test_errors_of_memory(capsys):
+    failed = []
+    assert bench.unless_it_fails(failed, 'sum', lambda y: y + 1, 1) == 2
+    assert bench.unless_it_fails(failed, 'array', np.empty, 2**50) is None
+    assert bench.unless_it_fails(failed, 'tensor', torch.empty, 2**50) is None
+    assert bench.unless_it_fails(failed, 'shape', torch.empty, -1) is None
+    assert failed == ['shape']
 
 
 # what is measured
