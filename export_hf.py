@@ -13,11 +13,10 @@ transformers runs up to block_size tokens, prompt included. A model with ALiBi a
 MptForCausalLM, which runs beyond that. The folder holds the weights (safetensors), the config, the tokenizer
 and a model card.
 """
-import base64
+import json
 import shutil
 import signal
 import sys
-import tempfile
 from pathlib import Path
 
 if __name__ == '__main__':  # python -I and -P leave this folder out; Ctrl-C ends the slow imports quietly
@@ -49,14 +48,14 @@ def to_gpt2(model, end_id):
     from transformers import GPT2Config, GPT2LMHeadModel
     config = model.config
     peer = GPT2LMHeadModel(GPT2Config(
-        vocab_size=config.vocab_size, n_positions=config.block_size, n_embd=config.n_embd,
-        n_layer=config.n_layer, n_head=config.n_head,
+        vocab_size=config.vocab_size, n_positions=config.block_size, n_ctx=config.block_size,
+        n_embd=config.n_embd, n_layer=config.n_layer, n_head=config.n_head,
         activation_function='gelu' if config.gelu == 'erf' else 'gelu_new',
         resid_pdrop=config.dropout, embd_pdrop=config.dropout, attn_pdrop=config.dropout,
         bos_token_id=end_id, eos_token_id=end_id))
     state = model.state_dict()
     for key, value in peer.state_dict().items():
-        if key not in state:                                        # a bias that this model does without
+        if key.endswith('.bias') and key not in state:
             state[key] = torch.zeros_like(value)
         elif key.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')):
             state[key] = state[key].t()                             # theirs are Conv1D: (in, out)
@@ -100,15 +99,16 @@ def char_tokenizer(meta):
 def bpe_tokenizer():
     """GPT-2's tokenizer for transformers, from tiktoken's vocabulary."""
     import tiktoken
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    from transformers.convert_slow_tokenizer import TikTokenConverter
-    bpe = tiktoken.get_encoding('gpt2')
-    with tempfile.NamedTemporaryFile('wb', suffix='.tiktoken') as file:  # the format that the converter reads
-        for token, rank in bpe._mergeable_ranks.items():
-            file.write(base64.b64encode(token) + b' %d\n' % rank)
-        file.flush()
-        core = TikTokenConverter(file.name, pattern=bpe._pat_str,
-                                 extra_special_tokens=bpe._special_tokens).converted()
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+    letters = bytes_to_unicode()                                    # how a tokenizer.json spells each byte
+    ranks = tiktoken.get_encoding('gpt2')._mergeable_ranks
+    vocab = {''.join(letters[byte] for byte in token): rank for token, rank in ranks.items()}
+    splits = [(token[:n], token[n:]) for token in sorted(vocab, key=vocab.get) for n in range(1, len(token))]
+    core = Tokenizer(models.BPE(vocab, [(a, b) for a, b in splits if a in vocab and b in vocab]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token='<|endoftext|>',
                                    eos_token='<|endoftext|>', clean_up_tokenization_spaces=False)
 
@@ -137,6 +137,12 @@ A GPT with {positions}, trained on `{config.get('dataset', 'unknown data')}` for
 '''
 
 
+def edit_json(path, **changes):
+    """Set keys of the JSON object in a file."""
+    values = json.loads(path.read_text(encoding='utf-8')) | changes
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + '\n', encoding='utf-8')
+
+
 def export():
     """Write the folder, complete or not at all."""
     model, state, path = rundir.load_for_sampling(out_dir)
@@ -153,8 +159,11 @@ def export():
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         peer.save_pretrained(temporary)
+        if model.config.use_alibi:                                  # as its authors and llama.cpp spell it
+            edit_json(temporary / 'config.json', architectures=['MPTForCausalLM'])
         tokenizer = char_tokenizer(meta) if meta else bpe_tokenizer()
-        tokenizer.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)                        # transformers 4 knows it by this name only
+        edit_json(temporary / 'tokenizer_config.json', tokenizer_class='PreTrainedTokenizerFast')
         (temporary / 'README.md').write_text(model_card(state, target.name), encoding='utf-8')
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)

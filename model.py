@@ -84,9 +84,9 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: floa
     scores, or if bool, True where a key is seen. None: one query sees all keys, more are causal (T == S).
     """
     T, S = q.size(2), k.size(2)
-    if mask is None or T <= 256 or q.device.type != 'cpu':
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout_p,
-                                              is_causal=mask is None and T > 1)
+    if mask is None or q.device.type != 'cpu' or torch.compiler.is_exporting() or T <= 256:
+        is_causal = mask is None and bool(T == S)                   # torch.export compares sizes to a symbol
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout_p, is_causal=is_causal)
     # with a mask the CPU's kernel computes every key for every query; taking the queries in chunks spares it
     # the keys after the chunk (at T = 1024 a training step takes 1.11, not 1.29, of learned positions' time)
     chunks = []
@@ -317,7 +317,8 @@ class GPT(nn.Module):
         """How the tokens at positions i (T,) attend to S keys: a value for `attend`."""
         if self.config.use_alibi:
             return partial(attention, mask=alibi_bias(self.slopes, i, S).to(dtype))  # (1, H, T, S)
-        if len(i) == S or len(i) == 1 and not is_padded:
+        T = i.size(0)                                               # which len() would fix in an export
+        if T == S or T == 1 and not is_padded:
             return attention
         # SDPA's is_causal counts queries and keys from the same place, which is wrong behind a cache
         return partial(attention, mask=i[:, None] >= torch.arange(S, device=i.device))  # (T, S)

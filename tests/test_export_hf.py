@@ -55,6 +55,7 @@ def test_logits_and_greedy_text_are_the_same(checkout, tmp_path, options):
 def test_an_exported_gpt2_reads_back_as_the_same_model(checkout, tmp_path, options):
     model, idx = small(**options, std=0.1), random_ids(2, 16)
     export(checkout, tmp_path, model)
+    assert json.loads((tmp_path / 'hf/config.json').read_text())['n_ctx'] == 16  # llama.cpp's converter reads it
     again = GPT.from_pretrained(tmp_path / 'hf')
     assert again.config.gelu == model.config.gelu
     torch.testing.assert_close(all_logits(again, idx), all_logits(model, idx), rtol=0, atol=1e-6)
@@ -62,6 +63,18 @@ def test_an_exported_gpt2_reads_back_as_the_same_model(checkout, tmp_path, optio
     output = run_script(checkout, 'sample.py', f'--init_from={tmp_path}/hf', '--start=abc', '--num_samples=1',
                         '--max_new_tokens=5')
     assert '\nabc' in output
+
+
+def test_what_other_engines_read(checkout, tmp_path):
+    """llama.cpp's converter: the architecture by its one spelling, sizes, ALiBi. transformers 4: the tokenizer."""
+    export(checkout, tmp_path, small(bias=False, use_alibi=True))
+    config = json.loads((tmp_path / 'hf/config.json').read_text())
+    assert config['architectures'] == ['MPTForCausalLM'] and config['model_type'] == 'mpt'
+    sizes = dict(max_seq_len=65536, d_model=24, n_layers=2, n_heads=3, vocab_size=23)
+    assert config.items() >= sizes.items()
+    assert config['attn_config'].items() >= dict(alibi=True, alibi_bias_max=8, clip_qkv=None).items()
+    tokenizer = json.loads((tmp_path / 'hf/tokenizer_config.json').read_text())
+    assert tokenizer['tokenizer_class'] == 'PreTrainedTokenizerFast'
 
 
 def test_char_tokenizer(checkout, tmp_path):
