@@ -289,7 +289,7 @@ def bench_training(job, attempt):
     n = steps or max(1, round(0.5 / min([side.second for side in sides.values()], default=0.5)))
     times = alternate({name: side.step for name, side in sides.items()}, blocks, n, run.wait, attempt)
     if not times:
-        raise UserError("no kind of step could be measured: try a smaller batch_size or block_size")
+        raise UserError("no kind of step was measured: where memory is short, try a smaller batch_size")
 
     columns = {'first step': {name: f"{sides[name].first:.1f} s" for name in times}}
     if run.device.type == 'cuda':
