@@ -162,7 +162,8 @@ def export():
         if model.config.use_alibi:                                  # as its authors and llama.cpp spell it
             edit_json(temporary / 'config.json', architectures=['MPTForCausalLM'])
         tokenizer = char_tokenizer(meta) if meta else bpe_tokenizer()
-        tokenizer.save_pretrained(temporary)                        # transformers 4 knows it by this name only
+        tokenizer.save_pretrained(temporary)
+        # transformers 4 knows it by this name only
         edit_json(temporary / 'tokenizer_config.json', tokenizer_class='PreTrainedTokenizerFast')
         (temporary / 'README.md').write_text(model_card(state, target.name), encoding='utf-8')
         shutil.rmtree(target, ignore_errors=True)

@@ -299,6 +299,8 @@ def processes(device='auto', dtype='auto', compile='auto', backend='auto', timeo
     timeout: seconds that a process waits for the others. Raises UserError where they don't come together, and
     when one of them is lost.
     """
+    if backend not in ('auto', 'nccl', 'gloo'):
+        raise UserError(f"backend must be auto, nccl or gloo, got {backend!r}")
     if 'RANK' not in os.environ:
         yield set_up(device, dtype, compile)
         return
@@ -311,8 +313,8 @@ def processes(device='auto', dtype='auto', compile='auto', backend='auto', timeo
     run = set_up(device, dtype, compile)
     if backend == 'auto':
         backend = 'nccl' if kind == 'cuda' else 'gloo'
-    if backend not in ('nccl', 'gloo') or not dist.is_backend_available(backend):
-        raise UserError(f"backend must be auto, nccl or gloo, as PyTorch has it here, got {backend!r}")
+    if not dist.is_backend_available(backend):
+        raise UserError(f"backend={backend}, but PyTorch {torch.__version__} is without it here: use gloo")
     options = {'backend': backend, 'timeout': timedelta(seconds=timeout)}
     if kind == 'cuda':                                              # gloo for what is agreed on the CPU
         options |= {'backend': f'cpu:gloo,cuda:{backend}', 'device_id': run.device}
@@ -320,7 +322,10 @@ def processes(device='auto', dtype='auto', compile='auto', backend='auto', timeo
         dist.init_process_group(**options, **own_store(options['timeout']))
     except (ValueError, RuntimeError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise UserError(f"the processes can't come together at {address}: {first_sentence(error)}") from error
+        reason = first_sentence(error)
+        if 'EADDRINUSE' in str(error):
+            reason = "the port is in use, choose another one (--master_port of torchrun)"
+        raise UserError(f"the processes can't come together at {address}: {reason}") from error
     try:
         yield run._replace(rank=dist.get_rank(), world_size=dist.get_world_size())
     except RuntimeError as error:

@@ -53,6 +53,8 @@ def test_good_arguments(arguments, expected):
     (['--max_iters'], ['max_iters', 'needs a value']),
     (['--max_iters', '--bias=True'], ['max_iters', 'needs a value']),
     (['config/none.py'], ['config/none.py']),
+    (['x' * 300 + '.py'], ['xxx.py']),
+    (['--max_iters=' + '9' * 20], ['max_iters', '64 bits']),
     (['train_shakespeare'], ['train_shakespeare', '.py']),
     (['-x'], ['-x']),
 ])
@@ -95,6 +97,10 @@ def test_good_config_files(tmp_path, text, expected):
     ('raise ValueError("two\\nlines")', ['two lines']),
     ('open("nothing here")', ['c.py', 'FileNotFoundError']),
     ('learning_rate = float("inf")', ['learning_rate', 'inf']),
+    ('max_iters = 10 ** 5000', ['max_iters', '64 bits']),
+    ('out_dir = 10 ** 5000', ['out_dir', '64 bits']),
+    ('out_dir = [10 ** 5000]', ['out_dir', 'str', 'this list']),
+    ('import numpy as np\nmax_iters = np.eye(3)', ['max_iters', 'int', 'array([[1., 0., 0.], [0., 1., 0.]']),
 ])
 def test_bad_config_files_name_what_is_wrong(tmp_path, text, words):
     (tmp_path / 'c.py').write_text(text)
@@ -120,7 +126,7 @@ def test_a_config_file_leaves_the_defaults_alone(tmp_path):
 def test_other_scripts_skip_what_they_lack(tmp_path, capsys):
     (tmp_path / 'c.py').write_text('max_iters = 7\nn_layer = 3')
     assert configure([str(tmp_path / 'c.py')], DEFAULTS, skip_unknown=True)['max_iters'] == 7
-    assert 'n_layer' in capsys.readouterr().out
+    assert 'n_layer' in capsys.readouterr().err
     with pytest.raises(ConfigError):  # on the command line it is still a mistake
         configure(['--n_layer=3'], DEFAULTS, skip_unknown=True)
 
@@ -159,6 +165,12 @@ def test_help_has_each_setting_with_default_and_comment():
     text = help_text('"""What it does."""\nsteps = 5   # so many\nname = "x"\n', {'steps': 5, 'name': 'x'})
     assert text.startswith('What it does.')
     assert '--steps=5' in text and 'so many' in text and "--name='x'" in text
+
+
+def test_a_config_of_the_repository_in_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=f'no config file config/train_gpt2.py in this folder.*{REPO}'):
+        configure(['config/train_gpt2.py'], DEFAULTS)
 
 
 # any argument, any config file: settings of the right types, or one clear line

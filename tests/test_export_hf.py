@@ -55,7 +55,8 @@ def test_logits_and_greedy_text_are_the_same(checkout, tmp_path, options):
 def test_an_exported_gpt2_reads_back_as_the_same_model(checkout, tmp_path, options):
     model, idx = small(**options, std=0.1), random_ids(2, 16)
     export(checkout, tmp_path, model)
-    assert json.loads((tmp_path / 'hf/config.json').read_text())['n_ctx'] == 16  # llama.cpp's converter reads it
+    config = json.loads((tmp_path / 'hf/config.json').read_text())
+    assert config['n_ctx'] == 16                                    # llama.cpp's converter reads it
     again = GPT.from_pretrained(tmp_path / 'hf')
     assert again.config.gelu == model.config.gelu
     torch.testing.assert_close(all_logits(again, idx), all_logits(model, idx), rtol=0, atol=1e-6)
@@ -66,7 +67,7 @@ def test_an_exported_gpt2_reads_back_as_the_same_model(checkout, tmp_path, optio
 
 
 def test_what_other_engines_read(checkout, tmp_path):
-    """llama.cpp's converter: the architecture by its one spelling, sizes, ALiBi. transformers 4: the tokenizer."""
+    """llama.cpp's converter: the architecture in its spelling, sizes, ALiBi. transformers 4: the tokenizer."""
     export(checkout, tmp_path, small(bias=False, use_alibi=True))
     config = json.loads((tmp_path / 'hf/config.json').read_text())
     assert config['architectures'] == ['MPTForCausalLM'] and config['model_type'] == 'mpt'

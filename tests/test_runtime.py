@@ -1,14 +1,17 @@
 """The device, dtype and seeds that a run works with."""
+import errno
 import importlib.util
 import os
 import signal
+import socket
+import sys
 import time
 
 import pytest
 import torch
 
 import runtime
-from runtime import UserError, derive_seed, set_up
+from runtime import UserError, derive_seed, one_line_errors, processes, set_up
 
 # what auto chooses
 
@@ -94,6 +97,106 @@ def test_only_a_second_sigterm_or_sigint_ends_the_process(monkeypatch, name, exi
             signal.raise_signal(number)
             assert signals.received
     assert statuses == exits
+
+
+# the processes of a torchrun
+
+TORCHRUN = {'RANK': '0', 'WORLD_SIZE': '1', 'LOCAL_RANK': '0', 'MASTER_ADDR': '127.0.0.1'}
+
+
+@pytest.mark.parametrize('variables, words', [
+    (dict(RANK='0'), 'RANK is set, but not WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: .*unset RANK'),
+    (TORCHRUN | dict(MASTER_PORT='5', RANK='bad'), "RANK must be a number, got 'bad'"),
+    (TORCHRUN | dict(MASTER_PORT='5', RANK='-1'), "RANK must be a number, got '-1'"),
+    (TORCHRUN | dict(MASTER_PORT=''), "MASTER_PORT must be a number, got ''"),
+    (TORCHRUN | dict(MASTER_PORT='99999'), 'come together at 127.0.0.1:99999: .*65535'),
+])
+def test_an_environment_that_is_not_torchruns(monkeypatch, variables, words):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=words), processes(device='cpu'):
+        pass
+
+
+def test_a_port_in_use(monkeypatch):
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        for name, value in {**TORCHRUN, 'MASTER_PORT': str(server.getsockname()[1])}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match='the port is in use, choose another'), processes(device='cpu'):
+            pass
+
+
+@pytest.mark.parametrize('backend', ['mpi', 'cpu:gloo', '', True, False])
+@pytest.mark.parametrize('variables', [{}, {**TORCHRUN, 'MASTER_PORT': '5'}])
+def test_an_unknown_backend(monkeypatch, variables, backend):
+    """With torchrun or without."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match='backend must be auto, nccl or gloo'):
+        with processes(device='cpu', backend=backend):
+            pass
+
+
+def test_a_backend_that_pytorch_is_without(monkeypatch):
+    monkeypatch.setattr(torch.distributed, 'is_backend_available', lambda backend: backend == 'gloo')
+    with processes(device='cpu', backend='nccl') as run:  # alone it needs none
+        assert run.world_size == 1
+    for name, value in {**TORCHRUN, 'MASTER_PORT': '5'}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match='backend=nccl, but .*use gloo'):
+        with processes(device='cpu', backend='nccl'):
+            pass
+
+
+# one line
+
+def status_of(error):
+    """What a script that raises the error exits with: a line, or a number."""
+    with pytest.raises(SystemExit) as exit:
+        with one_line_errors():
+            raise error
+    return exit.value.code
+
+
+@pytest.mark.parametrize('error, status', [
+    (UserError("two\nlines"), 'error: two lines'),
+    (KeyboardInterrupt(), 'error: interrupted'),
+    (BrokenPipeError(), 1),
+    (OSError(errno.EROFS, 'Read-only', 'x.pt'),
+     "error: [Errno 30] Read-only: 'x.pt': choose a folder that can be written to"),
+    (OSError(errno.ENAMETOOLONG, 'Too long', 'x'), "error: [Errno 36] Too long: 'x': choose a shorter name"),
+])
+def test_what_is_no_bug_ends_with_one_line(error, status):
+    assert status_of(error) == status
+
+
+@pytest.mark.parametrize('error', [ValueError('x'), OSError(errno.ENOENT, 'missing'), AssertionError()])
+def test_a_bug_keeps_its_traceback(error):
+    with pytest.raises(type(error)), one_line_errors():
+        raise error
+
+
+@pytest.mark.parametrize('before, inside', [
+    (signal.SIG_DFL, signal.default_int_handler), (signal.SIG_IGN, signal.SIG_IGN)])
+def test_ctrl_c_is_an_error_in_the_work_and_as_before_after_it(before, inside):
+    """A process that was started to ignore it goes on doing so."""
+    old = signal.signal(signal.SIGINT, before)
+    try:
+        with one_line_errors():
+            assert signal.getsignal(signal.SIGINT) == inside
+        assert signal.getsignal(signal.SIGINT) == before
+    finally:
+        signal.signal(signal.SIGINT, old)
+
+
+def test_output_that_fails_as_it_is_flushed(monkeypatch):
+    """It is reported once, and Python does not fail again as it ends."""
+    with open('/dev/full', 'w') as full:
+        monkeypatch.setattr(sys, 'stdout', full)
+        with pytest.raises(SystemExit, match='error: .*No space left'), one_line_errors():
+            print('text')
+        print('more', flush=True)
+        assert os.path.samestat(os.fstat(full.fileno()), os.stat(os.devnull))
 
 
 # seeds and peak FLOPS
