@@ -54,6 +54,7 @@ vocab_size = 0                 # 0: the data set's, 65 for characters without on
 dropout = 0.0                  # of the model
 bias = False                   # of the model
 use_alibi = False              # of the model that is profiled and that generates
+use_rope = False               # the same, and rotary positions are a kind of step
 # data
 dataset = ''                   # a folder of data/; '': openwebtext, or with the small sizes shakespeare_char
 real_data = False              # its train.bin, or random tokens
@@ -175,20 +176,20 @@ def explicit_alibi(slopes, T):
     return partial(explicit_attention, bias=alibi_bias(slopes, torch.arange(T, device=slopes.device), T))
 
 
-def make_model(job, use_alibi):
+def make_model(job, use_alibi=False, use_rope=False):
     """The model with weights drawn from the seed, on the device."""
     torch.manual_seed(derive_seed(seed, runtime.INIT))
-    return GPT(replace(job.config, use_alibi=use_alibi)).to(job.run.device)
+    return GPT(replace(job.config, use_alibi=use_alibi, use_rope=use_rope)).to(job.run.device)
 
 
-def make_step(job: Job, use_alibi=False, make_attention=None, optimizer='adamw',
+def make_step(job: Job, use_alibi=False, use_rope=False, make_attention=None, optimizer='adamw',
               checkpoint_activations=False) -> tuple[GPT, Callable]:
     """The model, and a function that makes update k as train.py does and returns the loss.
 
     make_attention(slopes, T): another way to compute ALiBi than the model's own. The others: as in train.py.
     """
     run, T = job.run, job.config.block_size
-    raw_model = make_model(job, use_alibi)
+    raw_model = make_model(job, use_alibi, use_rope)
     model = torch.compile(raw_model) if run.compile else raw_model
     if make_attention:
         model = partial(model, attend=make_attention(raw_model.slopes, T))
@@ -210,7 +211,7 @@ def make_step(job: Job, use_alibi=False, make_attention=None, optimizer='adamw',
 def make_plain_step(job: Job) -> tuple[GPT, Callable]:
     """The same, the plain way."""
     run, T = job.run, job.config.block_size
-    model = make_model(job, use_alibi=False)
+    model = make_model(job)
     groups = [dict(params=[p for p in model.parameters() if p.dim() >= 2], weight_decay=0.1),
               dict(params=[p for p in model.parameters() if p.dim() < 2], weight_decay=0.0)]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99))
@@ -246,6 +247,8 @@ def kinds_of_step(job):
              'ALiBi': partial(make, use_alibi=True),
              'learned positions, Muon': partial(make, optimizer='muon'),
              'ALiBi, explicit scores': partial(make, use_alibi=True, make_attention=explicit_alibi)}
+    if use_rope:
+        kinds['rotary positions'] = partial(make, use_rope=True)
     if job.run.device.type == 'cuda' and job.run.compile and job.config.dropout == 0:
         kinds['ALiBi, FlexAttention'] = partial(make, use_alibi=True, make_attention=alibi_flex_attention)
     else:
@@ -309,7 +312,7 @@ def bench_training(job, attempt):
 def bench_generation(job, attempt):
     """Print the table of generation, with the cache and without."""
     run, config = job.run, job.config
-    model = make_model(job, use_alibi).eval()
+    model = make_model(job, use_alibi, use_rope).eval()
     T = min(prompt_size, max(1, config.block_size // 2))            # within block_size, where the cache helps
     n = min(max_new_tokens, max(1, config.block_size - T))
     generator = torch.Generator().manual_seed(seed)
@@ -335,7 +338,7 @@ def bench_generation(job, attempt):
 def write_profile(job):
     """Trace five steps: print the ten most expensive operations, and write bench-trace.json."""
     run = job.run
-    _, step = make_step(job, use_alibi, checkpoint_activations=checkpoint_activations)
+    _, step = make_step(job, use_alibi, use_rope, checkpoint_activations=checkpoint_activations)
     activities = [torch.profiler.ProfilerActivity.CPU]
     order = 'self_cpu_time_total'
     if run.device.type == 'cuda':
@@ -369,7 +372,8 @@ def choose_job(run: runtime.Runtime) -> Job:
         default = 65 if 'char' in folder.name else 50304
         n_ids = meta['vocab_size'] if meta else default
     try:
-        config = GPTConfig(vocab_size=n_ids, dropout=dropout, bias=bias, **sizes)
+        config = GPTConfig(vocab_size=n_ids, dropout=dropout, bias=bias, use_alibi=use_alibi,
+                           use_rope=use_rope, **sizes)
     except ValueError as error:
         raise UserError(error) from error
     if real_data:

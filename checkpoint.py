@@ -141,7 +141,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
 def crop_block_size(model: GPT, optimizer: torch.optim.Optimizer, block_size: int) -> None:
     """Keep the first block_size positions of the model and of the optimizer's moments."""
     model.crop_block_size(block_size)
-    if model.config.use_alibi:
+    if 'wpe' not in model.transformer:
         return
     moments = optimizer.state[model.transformer.wpe.weight]
     for key in moments.keys() & {'exp_avg', 'exp_avg_sq'}:

@@ -74,10 +74,10 @@ def to_mpt(model, end_id):
     """The model, with ALiBi and without biases, as transformers' MptForCausalLM. Raises UserError."""
     from transformers import MptConfig, MptForCausalLM
     config = model.config
-    if config.bias or config.gelu != 'erf':
-        raise UserError("a model with ALiBi can be exported only with bias=False and the erf GELU: no other "
-                        "model in transformers computes the same (MPT has no biases, BLOOM normalizes its "
-                        "embeddings)")
+    if config.bias or config.gelu != 'erf' or config.alibi_scale != 1:
+        raise UserError("a model with ALiBi can be exported only with bias=False, the erf GELU and "
+                        "alibi_scale=1: no other model in transformers computes the same (MPT has no biases, "
+                        "BLOOM normalizes its embeddings)")
     peer = MptForCausalLM(MptConfig(
         vocab_size=config.vocab_size, max_seq_len=max(max_length, config.block_size),
         d_model=config.n_embd, n_layers=config.n_layer, n_heads=config.n_head, expansion_ratio=4,
@@ -153,6 +153,9 @@ def export():
     if target.exists() and not (target / 'config.json').exists():
         raise UserError(f"{target} exists and is not an export: choose another --hf_dir, or remove it")
     end_id = None if meta else 50256                                # a character set has no end-of-text
+    if model.config.use_rope:
+        raise UserError("a model with rotary positions can't be exported: GPT-2 has learned ones and MPT "
+                        "has ALiBi")
     convert = to_mpt if model.config.use_alibi else to_gpt2
     peer = convert(model, end_id)
     temporary = target.with_name(target.name + '.tmp')

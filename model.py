@@ -1,7 +1,8 @@
 """GPT in one file: the model, its key/value cache and generation.
 
 A decoder-only transformer as GPT-2 (Radford et al. 2019), with nanoGPT's parameter names, and optionally
-ALiBi (Press et al. 2022, arXiv 2108.12409) in place of position embeddings.
+ALiBi (Press et al. 2022, arXiv 2108.12409) or rotary positions (Su et al. 2021, arXiv 2104.09864) in place of
+position embeddings.
 
 Letters in the comments on shapes: B sequences in the batch, T tokens that go in, S tokens that are attended
 to (S > T when a cache holds earlier ones), C channels (n_embd), H heads, D = C / H, V vocabulary.
@@ -31,7 +32,9 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = True        # in Linear and LayerNorm, as GPT-2; False is a bit better and faster
     use_alibi: bool = False  # linear attention biases, no position embeddings
+    use_rope: bool = False   # rotary positions, no position embeddings
     gelu: str = 'erf'        # or 'tanh', the approximation that GPT-2's own weights were trained with
+    alibi_scale: float = 1.0  # ALiBi's slopes are divided by it: see alibi_slopes()
 
     def __post_init__(self):
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
@@ -44,6 +47,18 @@ class GPTConfig:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.gelu not in ('erf', 'tanh'):
             raise ValueError(f"gelu must be erf or tanh, got {self.gelu!r}")
+        if self.use_alibi and self.use_rope:
+            raise ValueError("use_alibi and use_rope exclude each other: choose one")
+        if self.use_rope and self.n_embd // self.n_head % 2:
+            raise ValueError(f"use_rope rotates pairs of channels: n_embd / n_head must be even, "
+                             f"got n_embd={self.n_embd}, n_head={self.n_head}")
+        if self.alibi_scale != 1 and not self.use_alibi or self.alibi_scale <= 0:
+            raise ValueError(f"alibi_scale must be above 0, and 1 without use_alibi, got {self.alibi_scale}")
+
+    @property
+    def positions(self) -> str:
+        """What kind the model has, by name."""
+        return 'ALiBi' if self.use_alibi else 'rotary positions' if self.use_rope else 'learned positions'
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -71,6 +86,30 @@ def alibi_bias(slopes: torch.Tensor, i: torch.Tensor, S: int) -> torch.Tensor:
     i, j = i[:, None], torch.arange(S, device=i.device)             # (T, 1) and (S,)
     distance = (i - j).float().masked_fill(j > i, math.inf)         # (T, S), how far j lies behind i
     return -slopes.view(1, -1, 1, 1) * distance                     # (1, H, T, S)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# rotary positions
+
+def rotary_angles(i: torch.Tensor, D: int, base: float = 10000.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """What rotate() takes for tokens at positions i (T,): cosines and signed sines, (T, D) float32 each.
+
+    Channels c and c + D/2 are a pair, which turns by an angle of i * base^(-2c/D).
+    """
+    c = torch.arange(D // 2, device=i.device)
+    angles = i[:, None] * base ** (-2 * c / D)                      # (T, D/2), float32 under autocast too
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x (..., T, D) with each pair of channels turned by its position's angle: scores then depend on i - j.
+
+    Rotary position embeddings (Su et al. 2021, arXiv 2104.09864). The pairs are Llama's, channels c and
+    c + D/2, where the paper pairs neighbours. cos and sin: see rotary_angles().
+    """
+    swapped = x.roll(x.size(-1) // 2, dims=-1)                      # each channel's partner
+    return (x * cos + swapped * sin).to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -209,11 +248,16 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, attend=attention, extend=None):
-        """x (B, T, C) -> (B, T, C). attend: see GPT.forward. extend: adds the k and v of earlier tokens."""
+    def forward(self, x, attend=attention, extend=None, turn=None):
+        """x (B, T, C) -> (B, T, C). attend: see GPT.forward. extend: adds the k and v of earlier tokens.
+
+        turn: rotates q and k by their positions.
+        """
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1)
         q, k, v = qkv.transpose(1, 3).unbind(2)                     # (B, H, T, D) each
+        if turn is not None:
+            q, k = turn(q), turn(k)
         if extend is not None:
             k, v = extend(k, v)                                     # (B, H, S, D) each
         y = attend(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, D)
@@ -243,21 +287,22 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, attend=attention, extend=None):
-        x = x + self.attn(self.ln_1(x), attend, extend)
+    def forward(self, x, attend=attention, extend=None, turn=None):
+        x = x + self.attn(self.ln_1(x), attend, extend, turn)
         return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
-    """A GPT of the given GPTConfig. With ALiBi it has no position embeddings and runs on any length."""
+    """A GPT of the given GPTConfig. Without learned positions it runs on any length."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         modules = {'wte': nn.Embedding(config.vocab_size, config.n_embd)}
         if config.use_alibi:
-            self.register_buffer('slopes', alibi_slopes(config.n_head), persistent=False)  # (H,)
-        else:
+            slopes = alibi_slopes(config.n_head) / config.alibi_scale
+            self.register_buffer('slopes', slopes, persistent=False)  # (H,)
+        if not config.use_alibi and not config.use_rope:
             modules['wpe'] = nn.Embedding(config.block_size, config.n_embd)
         modules['drop'] = nn.Dropout(config.dropout)
         modules['h'] = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -292,7 +337,7 @@ class GPT(nn.Module):
         T, device = idx.size(1), idx.device
         i, S = (torch.arange(T, device=device), T) if cache is None else cache.advance(T, device)
         x = self.transformer.wte(idx)                               # (B, T, C)
-        if not self.config.use_alibi:
+        if 'wpe' in self.transformer:
             if S > self.config.block_size:
                 raise ValueError(f"{S} tokens, but the model has positions for "
                                  f"block_size={self.config.block_size}")
@@ -300,11 +345,15 @@ class GPT(nn.Module):
         if attend is None:
             is_padded = cache is not None and cache.fixed           # some of the S keys are not there yet
             attend = self.choose_attention(i, S, is_padded, x.dtype)
+        turn = None
+        if self.config.use_rope:
+            cos, sin = rotary_angles(i, self.config.n_embd // self.config.n_head)  # (T, D) each
+            turn = partial(rotate, cos=cos, sin=sin)
         x = self.transformer.drop(x)
         for layer, block in enumerate(self.transformer.h):
             if checkpoint_activations:
                 block = partial(checkpoint, block, use_reentrant=False)
-            x = block(x, attend, None if cache is None else partial(cache.extend, layer, i, S))
+            x = block(x, attend, None if cache is None else partial(cache.extend, layer, i, S), turn)
         x = self.transformer.ln_f(x)                                # (B, T, C)
         if targets is None:
             return self.lm_head(x[:, -1:]), None                    # (B, 1, V)
@@ -343,7 +392,7 @@ class GPT(nn.Module):
         generators: a torch.Generator for each row, so that a row's text does not depend on the others.
         decode: this model compiled, for all tokens but the first (runtime.compile_decoding).
         Beyond block_size a model with learned positions sees the last block_size tokens, computed anew for
-        every token since all positions shift; with ALiBi the context, and the cache, just grow.
+        every token since all positions shift; otherwise the context, and the cache, just grow.
         """
         T = idx.size(1)
         if T == 0:
@@ -389,7 +438,7 @@ class GPT(nn.Module):
     @property
     def max_context(self) -> float:
         """How many tokens the model can look at."""
-        return math.inf if self.config.use_alibi else self.config.block_size
+        return self.config.block_size if 'wpe' in self.transformer else math.inf
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **options) -> torch.Tensor:
         """idx (B, T) with up to max_new_tokens sampled behind it, (B, T + n). Options as in stream()."""
@@ -426,7 +475,7 @@ class GPT(nn.Module):
     def get_num_params(self, non_embedding=True) -> int:
         """Number of parameters, by default without position embeddings (the token ones serve as the head)."""
         n = sum(p.numel() for p in self.parameters())
-        if non_embedding and not self.config.use_alibi:
+        if non_embedding and 'wpe' in self.transformer:
             n -= self.transformer.wpe.weight.numel()
         return n
 
@@ -435,7 +484,7 @@ class GPT(nn.Module):
         if not 1 <= block_size <= self.config.block_size:
             raise ValueError(f"cannot crop block_size {self.config.block_size} to {block_size}")
         self.config.block_size = block_size
-        if not self.config.use_alibi:
+        if 'wpe' in self.transformer:
             wpe = self.transformer.wpe.weight
             wpe.data = wpe.data[:block_size].clone()                # still the optimizer's Parameter
 

@@ -128,7 +128,7 @@ def window_lengths(config, n_tokens):
     """The windows to measure, FACTORS times the trained length, and the longest that the data allows."""
     lengths = [int(factor * config.block_size) for factor in FACTORS]
     fitting = [W for W in lengths if W + 2 <= n_tokens]
-    if not config.use_alibi:
+    if not config.use_alibi and not config.use_rope:
         print(f"learned positions end at block_size={config.block_size}: no longer window is measured")
         return lengths[:1], fitting[-1]
     if fitting != lengths:
@@ -161,7 +161,7 @@ def measure(folder, run, first_place):
     model.to(run.device)
     data, data_folder = load_val_split(state)
     N, L = len(data), model.config.block_size
-    kind = 'ALiBi' if model.config.use_alibi else 'learned positions'
+    kind = model.config.positions
     print(f"\n{path}: {kind}, trained at {L} tokens, iteration {state.get('iter_num')}; "
           f"val split of {data_folder}: {N:,} tokens")
     lengths, longest = window_lengths(model.config, N)
@@ -181,7 +181,7 @@ def measure(folder, run, first_place):
     result = Result(f'{folder} ({kind})', L, lengths, whole=summarize(whole, longest),
                     sliding=summarize(sliding), by_position=by_position)
     print_table(result, N - 1, len(places))
-    if model.config.use_alibi:
+    if 'wpe' not in model.transformer:
         print_samples(model, tokenizer(checkpoint.data_meta(state)), data, run)
     return result
 

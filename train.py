@@ -64,6 +64,7 @@ n_embd = 768                   # channels; a multiple of n_head
 dropout = 0.0                  # 0 for pretraining, 0.1 and more for finetuning or little data
 bias = False                   # in LayerNorm and Linear layers
 use_alibi = False              # linear attention biases in place of position embeddings
+use_rope = False               # rotary position embeddings (Su et al. 2021) in place of learned ones
 # optimizer
 optimizer = 'adamw'            # or 'muon': Muon for the matrices of the blocks, AdamW for the rest
 muon_learning_rate = 0.02      # the highest of Muon's part; the schedule scales it as it does learning_rate
@@ -94,7 +95,7 @@ setting_names = [name for name, value in list(globals().items())
 if __name__ == '__main__':
     exec(Path(__file__).resolve().with_name('configurator.py').read_text(encoding='utf-8'))
 
-MODEL_SIZES = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'use_alibi')  # kept by a resumed run
+MODEL_SIZES = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'use_alibi', 'use_rope')  # kept on resume
 RANGES = {                     # of settings: the lowest value, and what the value must be below
     'eval_interval': (1, math.inf), 'log_interval': (1, math.inf), 'eval_iters': (1, math.inf),
     'gradient_accumulation_steps': (1, math.inf), 'batch_size': (1, math.inf), 'dropout': (0, 1),
@@ -137,8 +138,9 @@ def check_init_from():
     elif not init_from.startswith('gpt2') and not source.is_dir():
         raise UserError("init_from must be scratch, resume, auto, gpt2, gpt2-medium, gpt2-large, gpt2-xl, "
                         f"a folder or a checkpoint, got {init_from!r}")
-    elif use_alibi:
-        raise UserError("use_alibi=True can't start from GPT-2's weights: they were trained with position "
+    elif use_alibi or use_rope:
+        name = 'use_alibi' if use_alibi else 'use_rope'
+        raise UserError(f"{name}=True can't start from GPT-2's weights: they were trained with position "
                         "embeddings")
 
 
@@ -192,7 +194,8 @@ def start_from_scratch(meta, run):
     vocab_size = meta['vocab_size'] if meta else 50304  # GPT-2's 50257, padded for speed
     torch.manual_seed(derive_seed(seed, runtime.INIT))
     try:
-        return GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias, use_alibi)), {}
+        return GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias, use_alibi,
+                             use_rope)), {}
     except ValueError as error:
         raise UserError(error) from error
 
@@ -215,7 +218,7 @@ def resume(meta, run):
 def start_from_weights(meta, run):
     """A new run with the weights from another's out_dir, from GPT-2, or from a GPT-2 in transformers' format.
 
-    With ALiBi block_size may be larger than the weights were trained with: train short, go on long.
+    Without learned positions block_size may be larger than the weights' own: train short, go on long.
     """
     if not rundir.has_state(init_from):
         model = checkpoint.pretrained(init_from, dropout)
@@ -229,7 +232,7 @@ def start_from_weights(meta, run):
     sizes = saved_sizes(state)
     run.print(f"starting with the weights of {path}")
     print_differences(run, sizes, kept=set(MODEL_SIZES) - {'block_size'})
-    if sizes['use_alibi']:
+    if sizes['use_alibi'] or sizes['use_rope']:
         return checkpoint.build_model(state, dropout=dropout, block_size=block_size), {}
     if block_size > sizes['block_size']:
         raise UserError(f"{path} has position embeddings for block_size={sizes['block_size']}, not for "
@@ -239,7 +242,7 @@ def start_from_weights(meta, run):
 
 def saved_sizes(state):
     """The settings in MODEL_SIZES that a checkpoint's model has."""
-    return {key: state['model_args'].get(key, False) for key in MODEL_SIZES}  # nanoGPT knows no use_alibi
+    return {key: state['model_args'].get(key, False) for key in MODEL_SIZES}  # nanoGPT lacks some
 
 
 def print_differences(run, saved, kept):
@@ -292,7 +295,7 @@ def print_plan(run, model, splits, T):
         'data': f"data/{dataset}, {len(splits['train']):,} train tokens, {len(splits['val']):,} val tokens",
         'model': f"{model.get_num_params() / 1e6:.2f}M parameters, {config.n_layer} layers, "
                  f"{config.n_head} heads, {config.n_embd} channels, vocabulary of {config.vocab_size}, "
-                 f"{'ALiBi' if config.use_alibi else 'learned positions'}",
+                 f"{config.positions}",
         'iteration': f"{tokens:,} tokens = {gradient_accumulation_steps} x {batch_size} x {T} "
                      f"(gradient_accumulation_steps x batch_size x block_size), by {optimizer}",
         'run': f"{max_iters:,} iterations = {epochs:.2f} epochs, evaluated every {eval_interval:,}"}

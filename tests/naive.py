@@ -35,6 +35,21 @@ def attention(q, k, v, slope=0.0):
     return torch.stack(rows)
 
 
+def rotate(x):
+    """One head's x (T, D): at position i the pair of channels c and c + D/2 turns by i / 10000^(2c/D)."""
+    T, D = x.shape
+    rows = []
+    for i in range(T):
+        first, second = [], []
+        for c in range(D // 2):
+            angle = i / 10000 ** (2 * c / D)
+            a, b = x[i, c], x[i, c + D // 2]
+            first.append(a * math.cos(angle) - b * math.sin(angle))
+            second.append(a * math.sin(angle) + b * math.cos(angle))
+        rows.append(torch.stack(first + second))
+    return torch.stack(rows)
+
+
 def layer_norm(x, weight, bias):
     mean = x.mean(-1, keepdim=True)
     variance = ((x - mean) ** 2).mean(-1, keepdim=True)
@@ -57,9 +72,11 @@ def logits(state, config, ids):
 
     T, C, D = len(ids), config.n_embd, config.n_embd // config.n_head
     x = torch.stack([state['transformer.wte.weight'][i] for i in ids])
-    if not config.use_alibi:
+    if not config.use_alibi and not config.use_rope:
         x = x + state['transformer.wpe.weight'][:T]
-    head_slopes = slopes(config.n_head) if config.use_alibi else [0.0] * config.n_head
+    head_slopes = [0.0] * config.n_head
+    if config.use_alibi:
+        head_slopes = [slope / config.alibi_scale for slope in slopes(config.n_head)]
     for layer in range(config.n_layer):
         h = f'transformer.h.{layer}.'
         qkv = linear(norm(x, h + 'ln_1'), h + 'attn.c_attn')
@@ -67,7 +84,10 @@ def logits(state, config, ids):
         heads = []
         for head, slope in enumerate(head_slopes):
             part = slice(head * D, (head + 1) * D)
-            heads.append(attention(q[:, part], k[:, part], v[:, part], slope))
+            q_head, k_head = q[:, part], k[:, part]
+            if config.use_rope:
+                q_head, k_head = rotate(q_head), rotate(k_head)
+            heads.append(attention(q_head, k_head, v[:, part], slope))
         x = x + linear(torch.cat(heads, dim=1), h + 'attn.c_proj')
         x = x + linear(gelu(linear(norm(x, h + 'ln_2'), h + 'mlp.c_fc')), h + 'mlp.c_proj')
     return norm(x, 'transformer.ln_f') @ state['transformer.wte.weight'].T

@@ -26,10 +26,10 @@ def has_row(name, output):
 # the script
 
 def test_the_tables(checkout):
-    output = run_script(checkout, 'bench.py', *SMALL, '--profile=True', '--device=cpu')
+    output = run_script(checkout, 'bench.py', *SMALL, '--profile=True', '--use_rope=True', '--device=cpu')
     columns = r' +[\d.]+ \([\d.]+ to [\d.]+\) +[\d,]+  [\d.]+ \('  # ms with quartiles, tokens/s, ratio
     training = ('plain step', 'learned positions', 'ALiBi', 'learned positions, Muon',
-                'ALiBi, explicit scores')
+                'ALiBi, explicit scores', 'rotary positions')
     generation = ('with the cache', 'without')
     for row in training + generation:
         assert re.search(f'^{row}{columns}', output, re.MULTILINE), row

@@ -35,7 +35,8 @@ def one_update(model, optimizer, idx):
     optimizer.step()
 
 
-@pytest.mark.parametrize('options', [{}, dict(bias=False, dropout=0.1), dict(use_alibi=True)])
+@pytest.mark.parametrize('options', [{}, dict(bias=False, dropout=0.1), dict(use_alibi=True),
+                                     dict(use_rope=True)])
 def test_round_trip(tmp_path, options):
     model, idx = small(**options), random_ids(2, 16)
     rundir.save(tmp_path, make_state(model), is_best=True)
@@ -50,7 +51,8 @@ def test_round_trip(tmp_path, options):
 
 def test_a_plain_checkpoint_has_only_nanogpts_model_args():
     assert checkpoint.model_args(GPTConfig()).keys() == NANOGPT_ARGS
-    assert checkpoint.model_args(GPTConfig(use_alibi=True)).keys() == NANOGPT_ARGS | {'use_alibi'}
+    for key in ('use_alibi', 'use_rope'):
+        assert checkpoint.model_args(GPTConfig(**{key: True})).keys() == NANOGPT_ARGS | {key}
 
 
 @pytest.mark.parametrize('prefix, step', [('_orig_mod.', 'tensor'), ('', 'missing')])

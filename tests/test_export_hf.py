@@ -110,7 +110,10 @@ def test_the_model_card(checkout, tmp_path):
     assert '7 iterations' in card.replace('\n', ' ')
 
 
-@pytest.mark.parametrize('options, words', [(dict(use_alibi=True, bias=True), ['ALiBi', 'bias=False'])])
+@pytest.mark.parametrize('options, words', [
+    (dict(use_alibi=True, bias=True), ['ALiBi', 'bias=False']),
+    (dict(use_alibi=True, bias=False, alibi_scale=2.0), ['ALiBi', 'alibi_scale=1']),
+    (dict(use_rope=True), ['rotary'])])
 def test_what_transformers_has_no_equal_of_is_refused(checkout, tmp_path, options, words):
     line = error_line(export(checkout, tmp_path, small(**options), status=1))
     assert all(word in line for word in words)

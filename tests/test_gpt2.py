@@ -108,7 +108,8 @@ def test_finetune_evaluate_and_resume(run_train, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('settings, words', [
-    (dict(use_alibi=True), 'position embeddings'),
+    (dict(use_alibi=True), 'use_alibi.*position embeddings'),
+    (dict(use_rope=True), 'use_rope.*position embeddings'),
     (dict(init_from='gpt2-huge'), 'folder'),
     (dict(init_from='bert'), 'gpt2-xl')])
 def test_mistakes_are_refused(run_train, tmp_path, monkeypatch, settings, words):

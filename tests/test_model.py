@@ -10,6 +10,7 @@ from model import GPT, GPTConfig, KVCache, alibi_bias, alibi_slopes, sample_logi
 from runtime import compile_decoding
 
 SMALL = dict(block_size=16, vocab_size=23, n_layer=2, n_head=3, n_embd=24)
+ALIBI, ROPE = dict(use_alibi=True), dict(use_rope=True)
 
 
 def small(seed=0, std=0.2, **options):
@@ -35,18 +36,19 @@ def all_logits(model, idx):
 # the model against the naive one
 
 @pytest.mark.parametrize('bias', [True, False])
-@pytest.mark.parametrize('use_alibi, T', [(False, 1), (False, 16), (True, 16), (True, 40)])
-def test_logits_equal_the_naive_model(bias, use_alibi, T):
-    model = small(bias=bias, use_alibi=use_alibi)
+@pytest.mark.parametrize('positions, T', [({}, 1), ({}, 16), (ALIBI, 16), (ALIBI, 40), (ROPE, 40),
+                                          (dict(use_alibi=True, alibi_scale=2.5), 40)])
+def test_logits_equal_the_naive_model(bias, positions, T):
+    model = small(bias=bias, **positions)
     idx = random_ids(2, T)
     for row, logits in zip(idx, all_logits(model, idx)):
         expected = naive.logits(model.state_dict(), model.config, row.tolist())
         torch.testing.assert_close(logits.double(), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize('use_alibi', [False, True])
-def test_gradients_equal_the_naive_model(use_alibi):
-    model, idx = small(use_alibi=use_alibi), random_ids(1, 12)
+@pytest.mark.parametrize('positions', [{}, ALIBI, ROPE])
+def test_gradients_equal_the_naive_model(positions):
+    model, idx = small(**positions), random_ids(1, 12)
     _, loss = model(idx[:, :-1], idx[:, 1:])
     loss.backward()
     state = {key: value.detach().clone().requires_grad_() for key, value in model.state_dict().items()}
@@ -80,9 +82,9 @@ def test_without_targets_only_the_last_position():
     torch.testing.assert_close(logits[:, 0], all_logits(model, idx)[:, -1])
 
 
-@pytest.mark.parametrize('use_alibi', [False, True])
-def test_the_future_does_not_matter(use_alibi):
-    model, idx = small(use_alibi=use_alibi), random_ids(1, 16)
+@pytest.mark.parametrize('positions', [{}, ALIBI, ROPE])
+def test_the_future_does_not_matter(positions):
+    model, idx = small(**positions), random_ids(1, 16)
     changed = idx.clone()
     changed[0, 10] = (idx[0, 10] + 1) % SMALL['vocab_size']
     before, after = all_logits(model, idx), all_logits(model, changed)
@@ -115,10 +117,10 @@ def test_initialization_is_gpt2s():
     assert model.lm_head.weight is model.transformer.wte.weight
 
 
-@pytest.mark.parametrize('use_alibi', [False, True])
-def test_a_batch_overfits(use_alibi):
+@pytest.mark.parametrize('positions', [{}, ALIBI, ROPE])
+def test_a_batch_overfits(positions):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**SMALL, use_alibi=use_alibi))
+    model = GPT(GPTConfig(**SMALL, **positions))
     optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu')
     idx = random_ids(4, 17)
     for _ in range(150):
@@ -215,7 +217,7 @@ def test_state_dict_names_are_nanogpts():
     expected += ['transformer.ln_f.weight', 'transformer.ln_f.bias', 'lm_head.weight']
     assert list(small().state_dict()) == expected
     expected.remove('transformer.wpe.weight')
-    assert list(small(use_alibi=True).state_dict()) == expected
+    assert list(small(**ALIBI).state_dict()) == list(small(**ROPE).state_dict()) == expected
 
 
 # ALiBi
@@ -238,11 +240,11 @@ def test_alibi_bias_is_the_formula():
 
 # generation
 
-@pytest.mark.parametrize('use_alibi, T', [(False, 16), (True, 48)])
+@pytest.mark.parametrize('positions, T', [({}, 16), (ALIBI, 48), (ROPE, 48)])
 @pytest.mark.parametrize('pieces', ['prompt, then one by one', 'in threes'])
-def test_cached_logits_equal_uncached_ones(use_alibi, T, pieces):
+def test_cached_logits_equal_uncached_ones(positions, T, pieces):
     """Under autograd, so that the cache is seen to work there too."""
-    model, idx = small(use_alibi=use_alibi, std=0.05), random_ids(2, T)
+    model, idx = small(**positions, std=0.05), random_ids(2, T)
     full = all_logits(model, idx)
     cache = KVCache(T)
     if pieces == 'in threes':
@@ -259,14 +261,14 @@ def test_cached_logits_equal_uncached_ones(use_alibi, T, pieces):
         model(idx[:, :1], cache=cache)
 
 
-@pytest.mark.parametrize('use_alibi', [False, True])
+@pytest.mark.parametrize('positions', [{}, ALIBI, ROPE])
 @pytest.mark.parametrize('T', [3, 16, 20])
-def test_generate_equals_a_full_forward_for_each_token(use_alibi, T):
-    """Past block_size too: there learned positions see the last block_size tokens, ALiBi all of them."""
-    model, idx = small(use_alibi=use_alibi), random_ids(2, T)
+def test_generate_equals_a_full_forward_for_each_token(positions, T):
+    """Past block_size too: there learned positions see the last block_size tokens, others all of them."""
+    model, idx = small(**positions), random_ids(2, T)
     expected = idx
     for _ in range(30):
-        context = expected if use_alibi else expected[:, -SMALL['block_size']:]
+        context = expected if positions else expected[:, -SMALL['block_size']:]
         new = all_logits(model, context)[:, -1].argmax(-1, keepdim=True)    # (2, 1)
         expected = torch.cat((expected, new), dim=1)
     assert torch.equal(model.generate(idx, 30, temperature=0), expected)
@@ -274,10 +276,10 @@ def test_generate_equals_a_full_forward_for_each_token(use_alibi, T):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('use_alibi', [False, True])
-def test_fixed_shapes_change_nothing(use_alibi, monkeypatch):
+@pytest.mark.parametrize('positions', [{}, ALIBI, ROPE])
+def test_fixed_shapes_change_nothing(positions, monkeypatch):
     """A compiled model decodes every token with the same shapes, and sees nothing beyond the text so far."""
-    model, idx = small(use_alibi=use_alibi), random_ids(3, 5)
+    model, idx = small(**positions), random_ids(3, 5)
     shapes = set()
     original = F.scaled_dot_product_attention
 
@@ -294,7 +296,7 @@ def test_fixed_shapes_change_nothing(use_alibi, monkeypatch):
             patch.setattr(F, 'scaled_dot_product_attention', spy)
             return model(new, cache=cache)
 
-    for n, capacity in ((8, 13), (40, 45 if use_alibi else 16)):  # the second goes beyond block_size
+    for n, capacity in ((8, 13), (40, 45 if positions else 16)):  # the second goes beyond block_size
         expected = model.generate(idx, n, temperature=0)
         assert torch.equal(model.generate(idx, n, temperature=0, decode=decode), expected)
         assert shapes == {(1, capacity, (1, capacity))}
@@ -302,10 +304,10 @@ def test_fixed_shapes_change_nothing(use_alibi, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('use_alibi', [False, True])
-def test_compiled_generation(use_alibi):
+@pytest.mark.parametrize('positions', [{}, ALIBI, ROPE])
+def test_compiled_generation(positions):
     """It gives the same text, and compiles once."""
-    model, idx = small(use_alibi=use_alibi), random_ids(2, 3)
+    model, idx = small(**positions), random_ids(2, 3)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     decode = compile_decoding(model)

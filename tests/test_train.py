@@ -134,7 +134,7 @@ def test_clipping(run_train, grad_clip):
 # resume
 
 @pytest.mark.parametrize('options', [
-    {}, dict(use_alibi=True), dict(dtype='bfloat16'), dict(dtype='float16'),
+    {}, dict(use_alibi=True), dict(use_rope=True), dict(dtype='bfloat16'), dict(dtype='float16'),
     dict(optimizer='muon', dtype='bfloat16'), dict(optimizer='muon', dtype='float16')])
 def test_resume_equals_no_interruption(run_train, options):
     """10 + 10 iterations produce the weights of 20, bit for bit, with dropout on."""
@@ -247,7 +247,7 @@ def test_nanogpts_own_checkpoint_resumes(run_train, prefix):
     out_dir = run_train(max_iters=10)
     state = load_state(out_dir)
     model_args = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
-    ours_alone = ('seed', 'use_alibi')
+    ours_alone = ('seed', 'use_alibi', 'use_rope')
     old = {
         'model': {prefix + key: value for key, value in state['model'].items()},
         'optimizer': state['optimizer'],
@@ -307,6 +307,7 @@ def test_eval_only_evaluates_once_and_leaves_everything(run_train, capsys):
     (dict(learning_rate=-1.0), ['learning_rate', '-1']),
     (dict(beta1=1.0), ['beta1', 'below 1']),
     (dict(dropout=1.0), ['dropout', 'below 1']),
+    (dict(use_alibi=True, use_rope=True), ['use_alibi', 'use_rope']),
     (dict(out_dir='train.py'), ["can't write to train.py"]),
     (dict(block_size=1_000_000), ['1000000']),
 ])
@@ -394,7 +395,7 @@ def test_the_settings_are_nanogpts():
         seed=1337, backend='auto', device='auto', dtype='auto', compile='auto')
     ours = dict(
         optimizer='adamw', muon_learning_rate=0.02, muon_momentum=0.95, muon_steps=5, save_interval=0,
-        keep_checkpoints=0, allow_new_data=False, timeout=1800, checkpoint_activations=False)
+        keep_checkpoints=0, allow_new_data=False, timeout=1800, checkpoint_activations=False, use_rope=False)
     assert default_settings() == expected | ours
 
 
@@ -497,11 +498,11 @@ print('weights:', hashlib.sha256(data).hexdigest())
 """
 
 
-@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
-def test_two_processes_equal_one(checkout, tmp_path, optimizer):
+@pytest.mark.parametrize('settings', [{}, dict(optimizer='muon', use_rope=True)])
+def test_two_processes_equal_one(checkout, tmp_path, settings):
     (checkout / 'train_and_hash.py').write_text(TRAIN_AND_HASH)
     for n in (1, 2):
-        options = tiny(optimizer=optimizer, out_dir=tmp_path / str(n))
+        options = tiny(**settings, out_dir=tmp_path / str(n))
         output = torchrun(checkout, n, 'train_and_hash.py', *options)
         hashes = re.findall('weights: ([0-9a-f]{64})', output)
         assert len(hashes) == n
