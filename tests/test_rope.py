@@ -80,21 +80,22 @@ def to_gpt_neox(model):
     peer = GPTNeoXForCausalLM(GPTNeoXConfig(
         vocab_size=config.vocab_size, hidden_size=config.n_embd, num_hidden_layers=config.n_layer,
         num_attention_heads=H, intermediate_size=4 * config.n_embd, hidden_act='gelu',
-        use_parallel_residual=False, tie_word_embeddings=True,
-        rope_parameters=dict(rope_type='default', rope_theta=10000.0, partial_rotary_factor=1.0))).eval()
+        use_parallel_residual=False, tie_word_embeddings=True, rotary_pct=1.0)).eval()
     names = {'transformer.': 'gpt_neox.', 'wte': 'embed_in', '.h.': '.layers.', 'ln_1': 'input_layernorm',
-             'ln_2': 'post_attention_layernorm', 'ln_f': 'final_layer_norm', 'attn.c_attn':
-             'attention.query_key_value', 'attn.c_proj': 'attention.dense', 'mlp.c_fc': 'mlp.dense_h_to_4h',
-             'mlp.c_proj': 'mlp.dense_4h_to_h', 'lm_head': 'embed_out'}
-    state = {}
-    for key, value in model.state_dict().items():
+             'ln_2': 'post_attention_layernorm', 'ln_f': 'final_layer_norm',
+             'attn.c_attn': 'attention.query_key_value', 'attn.c_proj': 'attention.dense',
+             'mlp.c_fc': 'mlp.dense_h_to_4h', 'mlp.c_proj': 'mlp.dense_4h_to_h'}
+    state = model.state_dict()
+    del state['lm_head.weight']  # tied
+    for key in list(state):
+        value = state.pop(key)
         if 'c_attn' in key:  # theirs has q, k and v of a head side by side
             value = value.view(3, H, -1, *value.shape[1:]).transpose(0, 1).flatten(0, 2)
         for ours, theirs in names.items():
             key = key.replace(ours, theirs)
         state[key] = value
     missing, unexpected = peer.load_state_dict(state, strict=False)
-    assert not unexpected and all('inv_freq' in key for key in missing)
+    assert not unexpected and len(missing) == 1                                 # the head
     return peer
 
 
