@@ -89,10 +89,11 @@ def test_a_new_run_takes_the_weights_of_another(run_train, capsys):
     assert {path: path.read_bytes() for path in files} == files
 
 
-def test_alibi_goes_on_with_longer_sequences(run_train):
+@pytest.mark.parametrize('positions', ['use_alibi', 'use_rope'])
+def test_going_on_with_longer_sequences(run_train, positions):
     """Train short, go on long: the weights of 32 tokens in a run with 64, scored as the model itself does."""
-    source = run_train(use_alibi=True)
-    new = run_train('new', init_from=str(source), use_alibi=True, block_size=64, max_iters=10)
+    source = run_train(**{positions: True})
+    new = run_train('new', init_from=str(source), block_size=64, max_iters=10, **{positions: True})
     state = load_state(new)
     assert state['model_args']['block_size'] == 64 and state['config']['block_size'] == 64
     model, old, _ = rundir.load_for_sampling(source)
