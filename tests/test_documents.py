@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import REPO, environment, torchrun
 
-DOCUMENTS = ['README.md', 'CONTRIBUTING.md', 'docs/robustness.md', 'docs/alibi.md', 'docs/performance.md']
+DOCUMENTS = ['README.md', 'CONTRIBUTING.md', 'docs/robustness.md', 'docs/performance.md']
 PROGRAMS = ('python ', 'torchrun ', 'pip ', 'make ', 'bash ', 'sbatch ', '.venv/bin/python ')
 
 # what is not run here, by how it begins, and why
