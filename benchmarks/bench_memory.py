@@ -5,7 +5,7 @@
 
 Each side runs in processes of its own, in turn, since the memory that one leaves behind would hide the
 other's: the peak is the process's resident set, libraries included. Plain: all logits kept, PyTorch's AdamW
-as it comes. Checkpointed: ours with checkpoint_activations=True. Takes some three minutes a side, and 8 GB.
+as it comes. Checkpointed: ours with checkpoint_activations=True. Takes some four minutes a side, and 8 GB.
 """
 import os
 import re
