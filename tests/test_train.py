@@ -552,8 +552,9 @@ def test_compiled_in_two_processes_with_a_large_vocabulary(checkout, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('config', ['train_gpt2.py', 'train_gpt2_alibi.py'])
-def test_compiled_in_two_processes_with_several_buckets(checkout, tmp_path, config):
+@pytest.mark.parametrize('config, recomputes', [('train_gpt2.py', False), ('train_gpt2_alibi.py', False),
+                                                ('train_gpt2.py', True)])
+def test_compiled_in_two_processes_with_several_buckets(checkout, tmp_path, config, recomputes):
     """A compiled graph that is split into DDP's buckets has the gradients of one eager process.
 
     At a rate of 0 the weights stay as they are, so AdamW's first moment after two updates is a weighted sum
@@ -565,7 +566,8 @@ def test_compiled_in_two_processes_with_several_buckets(checkout, tmp_path, conf
         max_iters=2, eval_interval=2, eval_iters=2, learning_rate=0.0, min_lr=0.0, grad_clip=0.0)
     command = ['train.py', f'config/{config}', *options]
     run_script(checkout, *command, '--compile=False', f'--out_dir={tmp_path}/eager')
-    output = torchrun(checkout, 2, *command, '--compile=True', f'--out_dir={tmp_path}/compiled', timeout=500,
+    output = torchrun(checkout, 2, *command, '--compile=True', f'--checkpoint_activations={recomputes}',
+                      f'--out_dir={tmp_path}/compiled', timeout=500,
                       env={'TORCH_LOGS': 'torch._dynamo.backends.distributed'})
     buckets = [int(n) for n in re.findall(r'DDPOptimizer .* created (\d+) buckets', output)]
     assert len(buckets) == 2, output                                # in each process
