@@ -84,7 +84,7 @@ min_lr = 6e-5                  # about learning_rate / 10, as in Chinchilla
 # system
 seed = 1337                    # initial weights, batches and dropout follow from it
 backend = 'auto'               # of torch.distributed: nccl or gloo
-timeout = 1800                 # seconds that a process waits for the others before the run ends
+timeout = 1800                 # seconds that a process waits for the others, one of which may be saving
 device = 'auto'                # cpu, cuda, cuda:1, mps
 dtype = 'auto'                 # float32, bfloat16, or float16 with a gradient scaler
 compile = 'auto'               # torch.compile the model: True or False

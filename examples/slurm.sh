@@ -22,7 +22,8 @@
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 10000))          # two jobs on a node need two
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1     # a restart must not find the addresses of the dead processes
+# the nodes may count their restarts differently, and would then look for each other in different places
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240       # torchrun would kill after 30 s what is still saving
 
 # in the background: bash runs a trap when `wait` is interrupted, but not before a command has ended.

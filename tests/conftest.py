@@ -2,6 +2,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,19 @@ def run_train(checkout, monkeypatch, tmp_path):
         train.train()
         return out_dir
     return run
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """Let no signal be ignored, as nohup or a shell's & would have it, and give pytest its handlers back."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
+        if handler == signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 # running the scripts

@@ -40,16 +40,6 @@ from runtime import UserError
 RUINOUS = dict(learning_rate=1e20, min_lr=1e20, warmup_iters=0)  # one update, and nothing is finite any more
 
 
-@pytest.fixture(autouse=True)
-def own_signals():
-    """Give pytest its signal handlers back, whatever a test did to them."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-    before = {number: signal.getsignal(number) for number in numbers}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 def start(folder, *args, processes=1, preexec=None, script='train.py', torchrun_options=()):
     """Start train.py as a user does, without waiting; with torchrun for several processes."""
     launcher = []
@@ -538,7 +528,8 @@ def test_a_stuck_process_ends_the_run_in_one_line(checkout, tmp_path, stuck):
 
 
 SLOW = """
-import runpy, time
+import runpy, sys, time
+sys.path.insert(0, '.')
 import dataset, rundir
 draw, save, draws = dataset.draw_batch, rundir.save, []
 
@@ -548,9 +539,10 @@ def slow_draw(*args):
         time.sleep(1.5)
     return draw(*args)
 
-def slow_save(*args):
-    time.sleep(6)
-    save(*args)
+def slow_save(out_dir, state, *args):
+    if state['iter_num'] == 1:
+        time.sleep(6)
+    save(out_dir, state, *args)
 
 dataset.draw_batch, rundir.save = slow_draw, slow_save
 runpy.run_path('train.py', run_name='__main__')
@@ -559,15 +551,15 @@ runpy.run_path('train.py', run_name='__main__')
 
 @pytest.mark.slow
 def test_a_long_evaluation_or_save_is_not_a_stuck_process(checkout, tmp_path):
-    """The first evaluation takes 12 seconds, in steps of 1.5, and a save 6, with timeout=10."""
+    """With timeout=10 the first evaluation takes 12 seconds, in steps of 1.5, and the first save 6."""
     script = tmp_path / 'slow.py'
     script.write_text(SLOW)
-    options = tiny(max_iters=1, eval_iters=8, timeout=10, out_dir=tmp_path / 'out')
+    options = tiny(max_iters=3, save_interval=1, eval_iters=8, timeout=10, out_dir=tmp_path / 'out')
     begin = time.monotonic()
     process = start(checkout, *options, processes=2, script=script)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
-    assert 'done: 1 iterations' in output
+    assert 'done: 3 iterations' in output
     assert time.monotonic() - begin > 18
 
 

@@ -41,7 +41,7 @@ sys.exit(max(task.wait() for task in tasks))
 SCONTROL = """
 import os, sys
 if sys.argv[1:3] == ['show', 'hostnames']:
-    print('localhost\\nlocalhost')
+    print('localhost')
 else:
     with open(os.environ['REQUEUED'], 'a') as file:
         print(*sys.argv[1:], file=file)
@@ -80,16 +80,24 @@ class Job:
         return self.requeued.read_text().splitlines() if self.requeued.exists() else []
 
 
-@pytest.mark.parametrize('srun, warned, status, requeues', [
-    ('raise SystemExit(3)', False, 3, 0),                           # it failed: it would fail again
-    ('raise SystemExit(0)', False, 0, 0),
-    ('import signal, sys; print("ready"); signal.sigwait([signal.SIGUSR1]); sys.exit(1)', True, 0, 1),
-    ('import signal, sys; print("ready"); signal.sigwait([signal.SIGUSR1]); sys.exit(0)', True, 0, 0),
+WAITING_SRUN = """
+import signal
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+print('ready')
+signal.sigwait([signal.SIGUSR1])
+"""
+
+
+@pytest.mark.parametrize('warned, srun_status, status, requeues', [
+    (True, 1, 0, 1),                                                # torchrun's after a stop
+    (True, 0, 0, 0),                                                # the run was done by then
+    (False, 3, 3, 0),                                               # it failed, and would fail again
+    (False, 0, 0, 0),
 ])
-def test_only_a_run_that_was_stopped_is_queued_again(tmp_path, srun, warned, status, requeues):
+def test_only_a_run_that_was_stopped_is_queued_again(tmp_path, warned, srun_status, status, requeues):
     """srun exits at once, or when it gets the signal."""
-    blocked = 'import signal; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])\n'
-    job = Job(tmp_path, tmp_path, srun=blocked + srun)
+    wait = WAITING_SRUN if warned else ''
+    job = Job(tmp_path, tmp_path, srun=f'{wait}raise SystemExit({srun_status})')
     if warned:
         read_until(job.process, 'ready')
         job.warn()
@@ -114,13 +122,25 @@ def test_a_job_saves_queues_itself_again_and_resumes(checkout, tmp_path):
     job = Job(tmp_path, checkout, *command)
     read_until(job.process, f'resuming from {out_dir}/last.pt at iteration {reached}')
     read_until(job.process, 'iter 310:')
-    _, torchrun = children(children(job.process.pid)[0])
-    os.kill(children(torchrun)[0], signal.SIGKILL)
-    read_until(job.process, 'resuming from')                        # both nodes start their processes anew
+    restart_one_node_before_the_other(job)
+    read_until(job.process, 'resuming from')
     status, output = job.end()
     assert status == 0, output
     assert 'done: 1000 iterations' in output
     assert len(job.requeues()) == 1
+
+
+def restart_one_node_before_the_other(job):
+    """Kill the process of one node; that of the other must not notice it before its torchrun does.
+
+    Then one torchrun counts a restart after a failure and the other does not count any.
+    """
+    torchruns = children(children(job.process.pid)[0])
+    stopped, killed = [children(torchrun)[0] for torchrun in torchruns]
+    os.kill(stopped, signal.SIGSTOP)
+    os.kill(killed, signal.SIGKILL)
+    read_until(job.process, f'Sending process {stopped} closing signal')
+    os.kill(stopped, signal.SIGCONT)
 
 
 def children(pid):
