@@ -14,7 +14,7 @@ as they stand and assigns to them. A mistake ends the script with one line that 
 A script may define two more names before it executes this file:
 
     _skip_unknown = True          pass over what a config file sets for other scripts, with a note
-    _plain_argument = 'out_dir'   an argument without -- or .py is for this setting
+    _plain_argument = 'out_dir'   an argument without -- or .py is for this setting; a newline joins several
 """
 import ast
 import builtins
@@ -118,14 +118,15 @@ def configure(arguments: list[str], defaults: dict, skip_unknown: bool = False,
     skip_unknown, plain_argument: what a script sets as _skip_unknown and _plain_argument.
     """
     settings = dict(defaults)
-    arguments = list(arguments)
+    arguments, plain = list(arguments), []
     while arguments:
         argument = arguments.pop(0)
         if argument.endswith('.py') and not argument.startswith('--'):
             settings = run_config_file(argument, settings, defaults, skip_unknown)
             continue
         if not argument.startswith('-') and plain_argument:
-            argument = f'--{plain_argument}={argument}'
+            plain.append(argument)
+            argument = f'--{plain_argument}=' + '\n'.join(plain)
         if not argument.startswith('--'):
             raise ConfigError(f"unexpected {argument!r}: settings are --key=value, config files end in .py")
         key, equals, text = argument[2:].partition('=')

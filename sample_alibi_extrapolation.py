@@ -1,14 +1,15 @@
-"""How a model with ALiBi does beyond its trained length: a table, a plot and samples.
+"""Does a model keep working on texts longer than it was trained on? Learned, rotary and ALiBi positions.
 
-    python sample_alibi_extrapolation.py out-shakespeare-char-alibi
-    python sample_alibi_extrapolation.py out-shakespeare-char-alibi --compare=out-shakespeare-char
-    python sample_alibi_extrapolation.py       trains two small models, ALiBi and learned, and compares them
+    python sample_alibi_extrapolation.py       trains a small model of each kind and compares them
+    python sample_alibi_extrapolation.py --seeds=3 --recall=text --alibi_scale=True       the whole study
+    python sample_alibi_extrapolation.py out-shakespeare-char-alibi       your own model, or several
 
-Measures the loss on the same target tokens of the val split with windows of 1, 1.5, 2, 4 and 8 times the
-trained length (Press et al. 2022, arXiv 2108.12409): over the whole split in non-overlapping windows, where
-a longer window gives most tokens more context, and in a sliding window, where every target has a full
-context. Writes alibi_extrapolation.png into out_dir. Learned positions end at block_size, so a model with
-them is measured only there.
+Prints the loss on the same target tokens of the val split in windows of 1, 1.5, 2, 4 and 8 times the trained
+length (Press et al. 2022, arXiv 2108.12409): of the whole split in non-overlapping windows, where a longer
+window gives most tokens more context, and in a sliding window, where every target has a full context. Draws
+the loss by position as alibi_extrapolation.png in the first out_dir. A model with learned positions has no
+longer windows: beyond its trained length it sees only the last tokens, as in nanoGPT's generate().
+The method and its results: docs/alibi.md.
 """
 import math
 import signal
@@ -34,10 +35,13 @@ from runtime import UserError, derive_seed
 
 # ---------------------------------------------------------------------------------------------------------
 # settings
-out_dir = ''                   # a run's folder, with or without --out_dir=; if empty, two models are trained
-compare = ''                   # the folder of a second run, to stand beside the first
-dataset = ''                   # a folder of data/; if empty, the one that the model was trained on
+out_dir = ''                   # folders of runs, with or without --out_dir=; if empty, models are trained
+compare = ''                   # the folder of one more run
+dataset = ''                   # a folder of data/; if empty, the one that the models were trained on
+seeds = 1                      # so many models of each kind are trained, with seed, seed + 1, ...
 sliding_targets = 1536         # sampled targets of the sliding window
+recall = ''                    # text or random: does a model copy what it read some tokens before?
+alibi_scale = False            # ALiBi also with its slopes divided by the window's length in trained ones
 seed = 1337                    # the samples follow from it, and the training if there is one
 device = 'auto'                # cpu, cuda, cuda:1, mps
 dtype = 'auto'                 # float32, bfloat16 or float16
@@ -46,68 +50,133 @@ setting_names = [name for name, value in list(globals().items())
                  if not name.startswith('_') and type(value) in (bool, int, float, str)]
 _skip_unknown = True           # a training config's other settings are passed over
 _plain_argument = 'out_dir'
-RANGES = {'sliding_targets': (2, math.inf), 'seed': (0, math.inf)}
+RANGES = {'sliding_targets': (2, math.inf), 'seed': (0, math.inf), 'seeds': (1, math.inf)}
 if __name__ == '__main__':
     exec(Path(__file__).resolve().with_name('configurator.py').read_text(encoding='utf-8'))
 
-FACTORS = (1, 1.5, 2, 4, 8)    # of the trained length
+FACTORS = (1, 1.5, 2, 4, 8)    # of the trained length: the windows
+GAPS = (0, 0.25, 0.5, 1, 2, 4, 7)  # of it: between a passage, which has a quarter of it, and its repeat
+POSITION_TARGETS = 2**13
+RECALL_ROWS = 256
 BATCH_TOKENS = 2**14           # limits of a forward pass
 BATCH_LOGITS = 2**26
+LIMITS = """A model of 0.8M parameters shows whether a method breaks beyond its trained length. It can't show
+whether the method would put a longer text to use: such a model hardly looks back further than a few words."""
 
 
-class Curve(NamedTuple):
-    """The loss by window length, in nats: a (mean, standard error) for each window."""
-    losses: list
-    changes: list  # from the first window, target by target: what the window changes, not the text
+class Method(NamedTuple):
+    """Models that differ only in their seed."""
+    name: str                  # of their positions
+    models: list
+    states: list               # their checkpoints
+    divides: bool = False      # run with ALiBi's slopes divided where the window is longer than trained
+
+    @property
+    def trained_length(self):
+        return self.models[0].config.block_size
+
+    @property
+    def ends(self):
+        """Whether it has no positions beyond its trained length."""
+        return self.models[0].max_context == self.trained_length
+
+    def at(self, W):
+        """The models for W tokens. Divided slopes: position interpolation (2023, arXiv 2310.13017)."""
+        factor = W / self.trained_length
+        if not self.divides or factor <= 1:
+            return self.models
+        device = self.models[0].slopes.device
+        return [checkpoint.build_model(state, alibi_scale=factor).eval().to(device) for state in self.states]
 
 
 class Result(NamedTuple):
-    """What was measured of a model."""
-    name: str
-    trained_length: int
+    """Losses of a method in nats, for each of its G seeds."""
+    method: Method
     lengths: list              # of the windows, in tokens
-    whole: Curve               # over the whole split in non-overlapping windows
-    sliding: Curve             # over sampled targets, each with a full context
-    by_position: torch.Tensor  # mean loss at each position of the longest window
+    whole: list                # (G, N) for each window: of the whole split, non-overlapping
+    sliding: list              # (G, n) for each window: of sampled targets, each with a full context
+    by_position: torch.Tensor  # (G, M, n): of the same n targets in each of M stretches of a window
+    stretch: int               # positions in one
+    recall: dict               # by gap, two (G, R): of a passage's repeat, and of the same behind another one
 
 
 # ---------------------------------------------------------------------------------------------------------
-# measuring
+# losses of a model: float64, on the CPU
 
 @torch.no_grad()
-def whole_split_losses(model, run, data, W, bar):
-    """The loss of each token in data[1:], (N,) float64 on the CPU, in non-overlapping windows of W tokens."""
-    inputs, targets = data[:-1], data[1:]
-    n = len(targets) // W * W                                       # in full windows; the last may be shorter
-    rows = max(1, min(BATCH_TOKENS, BATCH_LOGITS // model.config.vocab_size) // W)
-    batches = list(zip(inputs[:n].view(-1, W).split(rows), targets[:n].view(-1, W).split(rows)))
-    if n < len(targets):
-        batches.append((inputs[None, n:], targets[None, n:]))
+def token_losses(model, run, x, y, bar):
+    """The loss of each token y (B, T), given the tokens of its row x (B, T) up to there: (B, T)."""
+    rows = max(1, min(BATCH_TOKENS, BATCH_LOGITS // model.config.vocab_size) // x.size(1))
     losses = []
-    for x, y in batches:
+    for x, y in zip(x.split(rows), y.split(rows)):
         x, y = run.to_device(x), run.to_device(y)
         with run.autocast():
-            logits, _ = model(x, y)                                 # (rows, W, V)
+            logits, _ = model(x, y)                                 # (rows, T, V)
         loss = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction='none')
-        losses.append(loss.double().cpu())
+        losses.append(loss.double().cpu().view_as(y))
         bar.update(y.numel())
     return torch.cat(losses)
 
 
 @torch.no_grad()
-def sliding_losses(model, run, data, W, places, bar):
-    """The loss of each token data[place], given the W tokens before it: (len(places),) float64 on the CPU."""
+def last_losses(model, run, x, y, bar):
+    """The loss of each token y (B,) that follows a row x (B, W), or what the model can see of it: (B,)."""
+    x = x[:, -min(x.size(1), model.max_context):]                   # learned positions: the last block_size
     losses = []
-    for chunk in places.split(max(1, BATCH_TOKENS // W)):
-        x = run.to_device(data[chunk[:, None] + torch.arange(-W, 0)])  # (rows, W)
-        y = run.to_device(data[chunk])                              # (rows,)
+    rows = max(1, BATCH_TOKENS // x.size(1))
+    for x, y in zip(x.split(rows), y.split(rows)):
         with run.autocast():
-            logits, _ = model(x)                                    # (rows, 1, V)
-        loss = F.cross_entropy(logits[:, -1].float(), y, reduction='none')
+            logits, _ = model(run.to_device(x))                     # (rows, 1, V)
+        loss = F.cross_entropy(logits[:, -1].float(), run.to_device(y), reduction='none')
         losses.append(loss.double().cpu())
         bar.update(x.numel())
     return torch.cat(losses)
 
+
+def whole_split_losses(model, run, data, W, bar):
+    """The loss of each token in data[1:], in non-overlapping windows of W tokens: (N,)."""
+    inputs, targets = data[:-1], data[1:]
+    n = len(targets) // W * W                                       # in full windows; the last may be shorter
+    losses = [token_losses(model, run, inputs[:n].view(-1, W), targets[:n].view(-1, W), bar).flatten()]
+    if n < len(targets):
+        losses.append(token_losses(model, run, inputs[None, n:], targets[None, n:], bar)[0])
+    return torch.cat(losses)
+
+
+def sliding_losses(model, run, data, W, places, bar):
+    """The loss of each token data[place], given the W tokens before it: (len(places),)."""
+    return last_losses(model, run, data[places[:, None] + torch.arange(-W, 0)], data[places], bar)
+
+
+def by_position_losses(model, run, data, W, stretch, bar):
+    """The loss of the same n targets in each stretch of a window of about W tokens: (M, n).
+
+    Windows of M stretches start every `stretch` tokens, so that each target stands once in each stretch.
+    """
+    n_blocks = (len(data) - 1) // stretch                           # of targets, of one stretch each
+    M = min(W // stretch, (n_blocks + 1) // 2)
+    n_blocks = min(POSITION_TARGETS // stretch, n_blocks - 2 * M + 2)
+    seen = min(M, model.config.block_size // stretch) if model.max_context < W else M
+    windows = data[(M - seen) * stretch:].unfold(0, seen * stretch + 1, stretch)[:n_blocks + seen - 1]
+    losses = token_losses(model, run, windows[:, :-1], windows[:, 1:], bar).view(-1, seen, stretch)
+    stretches = [losses[seen - 1 - j:][:n_blocks, j].flatten() for j in range(seen)]  # (n,) each
+    if seen < M:                                                    # beyond, with all that the model can see
+        places = (M - 1) * stretch + 1 + torch.arange(n_blocks * stretch)
+        stretches += [sliding_losses(model, run, data, model.config.block_size, places, bar)] * (M - seen)
+    return torch.stack(stretches)
+
+
+def recall_losses(model, run, rows, n, bar):
+    """The mean loss of the last n - 1 tokens of each row (R, T), given all before them: (R,)."""
+    T = rows.size(1)
+    if T - 1 <= model.max_context:
+        return token_losses(model, run, rows[:, :-1], rows[:, 1:], bar)[:, 1 - n:].mean(1)
+    losses = [last_losses(model, run, rows[:, :t], rows[:, t], bar) for t in range(T - n + 1, T)]
+    return torch.stack(losses).mean(0)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# measuring
 
 def mean_and_error(values, block=1):
     """Mean of values, and its standard error if blocks of `block` neighbours are independent."""
@@ -118,10 +187,12 @@ def mean_and_error(values, block=1):
     return values.mean().item(), (means.std() / math.sqrt(n)).item()
 
 
-def summarize(losses, block=1):
-    """The Curve of the losses in each window, (N,) of the same targets. block: see mean_and_error()."""
-    return Curve([mean_and_error(values, block) for values in losses],
-                 [mean_and_error(values - losses[0], block) for values in losses])
+def estimate(values, block=1):
+    """Mean of values (G, N), and its standard error over the N and, if there are several, the G seeds."""
+    mean, error = mean_and_error(values.mean(0), block)
+    if len(values) > 1:
+        error = math.hypot(error, values.mean(1).std().item() / math.sqrt(len(values)))
+    return mean, error
 
 
 def window_lengths(config, n_tokens):
@@ -135,6 +206,28 @@ def window_lengths(config, n_tokens):
         skipped = ', '.join(str(W) for W in lengths[len(fitting):])
         print(f"the val split has {n_tokens} tokens: too short for windows of {skipped}")
     return fitting, fitting[-1]
+
+
+def load_methods(folders, run):
+    """The runs in the folders, those that differ only in their seed together."""
+    groups = {}
+    for folder in folders:
+        model, state, path = rundir.load_for_sampling(folder)
+        print(f"{path}: {model.config.positions}, trained at {model.config.block_size} tokens, iteration "
+              f"{state.get('iter_num')}, {model.get_num_params() / 1e6:.2f}M parameters")
+        state.pop('optimizer', None)                                # and its memory
+        settings = {key: value for key, value in state['config'].items() if key not in ('seed', 'out_dir')}
+        group = groups.setdefault((repr(model.config), repr(settings)), Method(folder, [], []))
+        group.models.append(model.to(run.device))
+        group.states.append(state)
+    kinds = [method.models[0].config.positions for method in groups.values()]
+    methods = []
+    for kind, method in zip(kinds, groups.values()):
+        name = kind if kinds.count(kind) == 1 else f'{kind} ({method.name})'
+        methods.append(method._replace(name=name))
+        if alibi_scale and kind == 'ALiBi':
+            methods.append(method._replace(name=f'{name}, slopes divided', divides=True))
+    return methods
 
 
 def load_val_split(state):
@@ -152,124 +245,154 @@ def load_val_split(state):
     return data, folder
 
 
-def measure(folder, run, first_place):
-    """Measure the model in folder, print a table and samples, and return the Result.
+def recall_tasks(data, L):
+    """For each gap two sets of rows (R, T): a passage, the gap, the passage; and another passage in front.
 
-    first_place: the first target of the sliding window, the same for all models that are compared.
+    The passages, and the text that stands right before their repeats, are the same for all gaps.
     """
-    model, state, path = rundir.load_for_sampling(folder)
-    model.to(run.device)
-    data, data_folder = load_val_split(state)
-    N, L = len(data), model.config.block_size
-    kind = model.config.positions
-    print(f"\n{path}: {kind}, trained at {L} tokens, iteration {state.get('iter_num')}; "
-          f"val split of {data_folder}: {N:,} tokens")
-    lengths, longest = window_lengths(model.config, N)
-    first = first_place if first_place + 2 <= N else longest
-    places = torch.linspace(first, N - 1, min(sliding_targets, N - first)).long()
+    generator = torch.Generator().manual_seed(derive_seed(seed, runtime.SAMPLE))
 
-    whole, sliding = [], []                                         # losses of each window
-    total = len(lengths) * (N - 1) + sum(lengths) * len(places)
-    with tqdm(total=total, unit='tok', unit_scale=True, mininterval=0.5) as bar:
+    def draw_texts(T):
+        starts = torch.randint(len(data) - T, (RECALL_ROWS, 1), generator=generator)
+        return data[starts + torch.arange(T)]                       # (R, T)
+
+    gaps = [int(factor * L) for factor in GAPS if factor * L < len(data)]
+    texts, passages = draw_texts(gaps[-1]), draw_texts(max(2, L // 4))
+    if recall == 'random':
+        ids = data.unique()
+        passages = ids[torch.randint(len(ids), passages.shape, generator=generator)]
+    return {gap: [torch.cat((first, texts[:, gaps[-1] - gap:], passages), dim=1)
+                  for first in (passages, passages.roll(1, 0))] for gap in gaps}
+
+
+def measure(method, run, data, lengths, places, tasks):
+    """The Result of a method. places: the sliding window's targets. tasks: from recall_tasks()."""
+    whole, sliding, recalled = [], [], {}
+    stretch, longest = max(1, method.trained_length // 4), int(FACTORS[-1] * method.trained_length)
+    with tqdm(desc=method.name, unit='tok', unit_scale=True, mininterval=0.5) as bar:
+        def each(losses_of, W, *args):
+            return torch.stack([losses_of(model, run, *args, bar) for model in method.at(W)])
+
         for W in lengths:
-            bar.set_description(f"windows of {W}")
-            whole.append(whole_split_losses(model, run, data, W, bar))
-            sliding.append(sliding_losses(model, run, data, W, places, bar))
-    W = lengths[-1]
-    n = (N - 1) // W * W                                            # targets in full windows
-    by_position = whole[-1][:n].view(-1, W).mean(0)                 # (W,)
-    result = Result(f'{folder} ({kind})', L, lengths, whole=summarize(whole, longest),
-                    sliding=summarize(sliding), by_position=by_position)
-    print_table(result, N - 1, len(places))
-    if 'wpe' not in model.transformer:
-        print_samples(model, tokenizer(checkpoint.data_meta(state)), data, run)
-    return result
+            whole.append(each(whole_split_losses, W, data, W))      # (G, N)
+            sliding.append(each(sliding_losses, W, data, W, places))  # (G, n)
+        by_position = each(by_position_losses, longest, data, longest, stretch)  # (G, M, n)
+        for gap, sets in tasks.items():
+            T = sets[0].size(1)
+            recalled[gap] = [each(recall_losses, T, rows, (T - gap) // 2) for rows in sets]  # (G, R) each
+    return Result(method, lengths, whole, sliding, by_position, stretch, recalled)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # showing
 
-def print_table(result, n_targets, n_sliding):
+def show(values, block=1, form='.4f'):
+    """The estimate as text."""
+    mean, error = estimate(values, block)
+    return f"{mean:{form}} ± {error:.4f}"
+
+
+def print_table(results, block):
     """A row for each window. Changes from 1x compare the same targets, so their errors are smaller."""
-    whole_title = f"non-overlapping ({n_targets:,} targets)"
-    print(f"{'':16}{whole_title:<40}sliding ({n_sliding:,} targets, full context)")
+    n, n_sliding = results[0].whole[0].size(1), results[0].sliding[0].size(1)
+    whole_title = f"non-overlapping ({n:,} targets)"
+    print(f"\n{'':16}{whole_title:<40}sliding ({n_sliding:,} targets, full context)")
     print(f"{'window':>9}{'':7}{'loss':<20}{'from 1x':<20}{'loss':<20}{'from 1x'}")
-    for i, W in enumerate(result.lengths):
-        row = f"{W:>7} = {W / result.trained_length:g}x".ljust(16)
-        for losses, changes in (result.whole, result.sliding):
-            mean, error = losses[i]
-            row += f"{mean:.4f} ± {error:.4f}".ljust(20)
-            mean, error = changes[i]
-            change = f"{mean:+.4f} ± {error:.4f}" if i > 0 else ''
-            row += change.ljust(20)
+    for result in results:
+        L = result.method.trained_length
+        print(result.method.name)
+        for i, W in enumerate(result.lengths):
+            row = f"{W:>7} = {W / L:g}x".ljust(16)
+            for losses, size in ((result.whole, block), (result.sliding, 1)):
+                change = show(losses[i] - losses[0], size, '+.4f') if i > 0 else ''
+                row += f"{show(losses[i], size):<20}{change:<20}"
+            print(row.rstrip())
+        if result.method.ends:
+            print(f"{'longer':>9}{'':7}{f'only the last {L} tokens are seen':<40}{show(result.sliding[0])}")
+
+
+def print_recall(results):
+    """A row for each gap."""
+    what = 'a passage of the val split' if recall == 'text' else 'a string of random tokens'
+    print(f"\nrecall: {what} comes again after a gap. Loss of the repeat, its first token aside, and how\n"
+          "much lower it is than behind another one")
+    print(f"{'gap':>7}  " + ''.join(f"{result.method.name:<30}" for result in results).rstrip())
+    for gap in results[0].recall:
+        row = f"{gap:>7}  "
+        for result in results:
+            repeat, control = result.recall[gap]                    # (G, R) each
+            row += f"{estimate(repeat)[0]:.4f}, {show(control - repeat)}".ljust(30)
         print(row.rstrip())
 
 
-def print_samples(model, tok, data, run, n=2):
-    """Texts of four times the trained length, with a mark where the trained length ends."""
-    L = model.config.block_size
-    start = data[None, :min(8, L)].repeat(n, 1)                     # (n, 8)
-    generators = [torch.Generator(run.device).manual_seed(derive_seed(seed, runtime.SAMPLE, i))
-                  for i in range(n)]
+def print_sample(method, run, data):
+    """A text of four times the trained length, with a mark where the trained length ends."""
+    L = method.trained_length
+    tok = tokenizer(checkpoint.data_meta(method.states[0]))
+    start = data[None, :min(8, L)]                                  # (1, 8)
+    generator = torch.Generator(run.device).manual_seed(derive_seed(seed, runtime.SAMPLE))
     with run.autocast():
-        samples = model.generate(run.to_device(start), 4 * L - start.size(1), temperature=0.8, top_k=200,
-                                 vocab_size=tok.vocab_size, generators=generators).tolist()
-    print(f"\n{n} samples of {4 * L} tokens; >>> marks where the trained length of {L} ends:")
-    for ids in samples:
-        print('\n' + tok.decode(ids[:L]) + ' >>> ' + tok.decode(ids[L:]) + '\n---------------')
+        ids = method.models[0].generate(
+            run.to_device(start), 4 * L - start.size(1), temperature=0.8, top_k=200,
+            vocab_size=tok.vocab_size, generators=[generator])[0].tolist()
+    print(f"\n{method.name}: a sample of {4 * L} tokens; >>> marks where the trained length of {L} ends:")
+    print('\n' + tok.decode(ids[:L]) + ' >>> ' + tok.decode(ids[L:]) + '\n---------------')
 
 
 def plot(results, path):
-    """Draw the losses by window length and by position as a PNG. Without matplotlib: just a note."""
+    """Draw the loss by position, and the recall if it was measured. Without matplotlib: just a note."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         print(f"no {path}: matplotlib is not installed")
         return
-    figure = Figure(figsize=(12, 4.5), layout='constrained')
-    left, right = figure.subplots(1, 2)
-    plot_by_length(left, results)
-    plot_by_position(right, results)
-    for axes in (left, right):
-        for L in {result.trained_length for result in results}:
-            axes.axvline(L, color='gray', lw=1, ls=':')
-            axes.annotate(' trained length', (L, 1), xycoords=('data', 'axes fraction'), va='top',
-                          color='gray', fontsize=8)
-        axes.set_ylabel('loss (nats per token)')
-        axes.title.set_fontsize(10)
+    draw = [plot_by_position, plot_recall] if recall else [plot_by_position]
+    figure = Figure(figsize=(7 * len(draw), 4.8), layout='constrained')
+    for panel, axes in zip(draw, figure.subplots(1, len(draw), squeeze=False)[0]):
+        panel(axes, results)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.legend()
     with atomic_write(path) as file:
         figure.savefig(file, format='png', dpi=120)
-    print(f"plot: {path}")
+    print(f"\nplot: {path}")
 
 
-def plot_by_length(axes, results):
-    """The two curves of each result."""
-    for color, result in zip(('C0', 'C1'), results):
-        curves = {'non-overlapping': (result.whole, 'o-'), 'sliding': (result.sliding, 's--')}
-        for label, (curve, style) in curves.items():
-            means = [mean for mean, _ in curve.losses]
-            errors = [error for _, error in curve.changes]
-            axes.errorbar(result.lengths, means, errors, fmt=style, color=color, capsize=3,
-                          label=f'{result.name}, {label}')
-    axes.set(xlabel='tokens in the window',
-             title='loss by window length (bars: standard error of the change from 1x)')
-    ticks = sorted({W for result in results for W in result.lengths})
-    axes.set_xscale('log', base=2)
-    axes.set_xticks(ticks, labels=map(str, ticks))
-    axes.minorticks_off()
+def position_curve(result):
+    """Means of the loss by stretch, and the standard errors of their changes since the last trained one."""
+    stretches = result.by_position.unbind(1)                        # (G, n) each
+    trained = stretches[min(result.method.trained_length // result.stretch, len(stretches)) - 1]
+    errors = [estimate(losses - trained, result.method.trained_length)[1] for losses in stretches]
+    return torch.tensor([losses.mean() for losses in stretches]), torch.tensor(errors)  # (M,) each
 
 
 def plot_by_position(axes, results):
-    """The loss by position of each result, about 64 points for the first."""
-    n = max(1, len(results[0].by_position) // 64)                   # positions of a point
-    for color, result in zip(('C0', 'C1'), results):
-        values = result.by_position
-        means = values[:len(values) // n * n].view(-1, n).mean(1)
-        axes.plot([(i + 0.5) * n for i in range(len(means))], means, '.-', color=color, label=result.name)
-    axes.set(xlabel='position in the window',
-             title=f'loss by position in the longest window (means of {n} positions)')
+    """The loss by position of each result, with a band; dotted where not all of the text is seen."""
+    for i, result in enumerate(results):
+        name, L = result.method.name, result.method.trained_length
+        means, errors = position_curve(result)                      # (M,) each
+        centers = (torch.arange(len(means)) + 0.5) * result.stretch
+        n = L // result.stretch if result.method.ends else len(means)
+        axes.plot(centers[:n], means[:n], f'C{i}.-', label=name)
+        if n < len(means):
+            axes.plot(centers[n:], means[n:], f'C{i}:', lw=2, label=f'{name}: the last {L} tokens only')
+        axes.fill_between(centers, means - errors, means + errors, color=f'C{i}', alpha=0.25, lw=0)
+    for L in {result.method.trained_length for result in results}:
+        axes.axvline(L, color='gray', lw=1, ls='--')
+        axes.annotate(' trained length', (L, 1), xycoords=('data', 'axes fraction'), va='top', color='gray')
+    axes.set(xlabel='position in the text (tokens)', ylabel='loss (nats per token), lower is better',
+             title='Reading on beyond the trained length')
+
+
+def plot_recall(axes, results):
+    """What a passage's repeat gains, by gap."""
+    for i, result in enumerate(results):
+        gaps = range(len(result.recall))
+        means, errors = zip(*[estimate(control - repeat) for repeat, control in result.recall.values()])
+        axes.errorbar(gaps, means, errors, fmt=f'C{i}o-', capsize=3, label=result.method.name)
+    axes.set_xticks(gaps, labels=[str(gap) for gap in results[0].recall])
+    axes.set(xlabel='tokens between a passage and its repeat',
+             ylabel='gain (nats per token), higher is better',
+             title='What it helps to have read a passage before')
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -282,35 +405,57 @@ def run_script(*arguments):
         raise UserError(f"{arguments[0]} failed: see above")
 
 
-def train_two():
-    """Train two small models that differ only in use_alibi. Returns their out_dirs, ALiBi first."""
+def train_models():
+    """Train small models that differ only in their positions and seeds. Returns their out_dirs."""
     if not Path('train.py').exists():
-        raise UserError("without an out_dir two models are trained, which works only in the repository's "
-                        "root: go there, or give an out_dir")
+        raise UserError("without an out_dir models are trained, which works only in the repository's root: "
+                        "go there, or give an out_dir")
     name = dataset
     if not name:
         has_shakespeare = Path('data/shakespeare_char/val.bin').exists()
         name = 'shakespeare_char' if has_shakespeare else 'pydocs_char'
     if name == 'pydocs_char' and not Path('data/pydocs_char/val.bin').exists():
         run_script('data/pydocs_char/prepare.py')
-    folders = {'out-extrapolation/alibi': True, 'out-extrapolation/learned': False}
-    for folder, use_alibi in folders.items():
-        run_script('train.py', 'config/train_shakespeare_char_cpu.py', f'--dataset={name}',
-                   f'--out_dir={folder}', f'--use_alibi={use_alibi}', f'--seed={seed}', f'--device={device}',
-                   f'--dtype={dtype}', '--log_interval=100')
-    return list(folders)
+    folders = []
+    for i in range(seeds):
+        for kind in ('alibi', 'rotary', 'learned'):
+            folders.append(f'out-extrapolation/{kind}' + (f'-{i + 1}' if i > 0 else ''))
+            run_script('train.py', 'config/train_shakespeare_char_fast.py', f'--dataset={name}',
+                       f'--out_dir={folders[-1]}', f"--use_alibi={kind == 'alibi'}",
+                       f"--use_rope={kind == 'rotary'}", f'--seed={seed + i}', f'--device={device}',
+                       f'--dtype={dtype}', '--log_interval=100')
+    return folders
 
 
 def extrapolate():
     """Measure, print and plot."""
     runtime.check_ranges(globals(), RANGES)
+    if recall not in ('', 'text', 'random'):
+        raise UserError(f"recall must be text or random, got {recall!r}")
     if compare and not out_dir:
         raise UserError(f"--compare={compare} needs a first model to stand beside: give its out_dir")
     run = runtime.set_up(device, dtype, compile=False)
-    folders = [folder for folder in (out_dir, compare) if folder] or train_two()
-    lengths = [rundir.load_for_sampling(folder)[0].config.block_size for folder in folders]
-    first_place = int(FACTORS[-1] * max(lengths))
-    results = [measure(folder, run, first_place) for folder in folders]
+    folders = [folder for folder in (*out_dir.splitlines(), compare) if folder] or train_models()
+    methods = load_methods(folders, run)
+    splits = [load_val_split(state) for method in methods for state in method.states]
+    data, data_folder = splits[0]
+    if any(folder != data_folder for _, folder in splits):
+        raise UserError("the models were trained on different data sets: choose one with --dataset")
+    N = len(data)
+    print(f"val split of {data_folder}: {N:,} tokens")
+    windows = [window_lengths(method.models[0].config, N) for method in methods]
+    longest = max(length for _, length in windows)
+    places = torch.linspace(longest, N - 1, min(sliding_targets, N - longest)).long()
+    tasks = recall_tasks(data, max(method.trained_length for method in methods)) if recall else {}
+    results = [measure(method, run, data, lengths, places, tasks)
+               for method, (lengths, _) in zip(methods, windows)]
+    for method in methods:
+        if not method.ends and not method.divides:
+            print_sample(method, run, data)
+    print_table(results, longest)
+    if recall:
+        print_recall(results)
+    print('\n' + LIMITS)
     plot(results, Path(folders[0]) / 'alibi_extrapolation.png')
 
 
