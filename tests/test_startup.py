@@ -129,7 +129,8 @@ def test_characters_that_the_terminal_lacks(checkout, tmp_path, script):
 # file systems
 
 @pytest.mark.parametrize('arguments', [
-    *(['train.py', *tiny(init_from=init_from, out_dir=LONG)] for init_from in ('scratch', 'resume', 'auto', LONG)),
+    *(['train.py', *tiny(init_from=init_from, out_dir=LONG)]
+      for init_from in ('scratch', 'resume', 'auto', LONG)),
     ['train.py', f'{LONG}.py'],
     ['sample.py', f'--out_dir={LONG}'],
     ['export_hf.py', f'--out_dir={LONG}'],
@@ -140,7 +141,8 @@ def test_a_name_that_is_too_long(checkout, arguments):
 
 
 def test_an_export_whose_name_is_too_long(checkout, trained):
-    line = error_line(run_script(checkout, 'export_hf.py', f'--out_dir={trained}', f'--hf_dir={LONG}', status=1))
+    output = run_script(checkout, 'export_hf.py', f'--out_dir={trained}', f'--hf_dir={LONG}', status=1)
+    line = error_line(output)
     assert 'name too long' in line
 
 
@@ -171,7 +173,7 @@ def test_a_read_only_file_system(checkout, trained, command):
 # Ctrl-C
 
 def interrupt(folder, command, ready, delay=0.0):
-    """Start `python COMMAND` in folder, press Ctrl-C `delay` seconds after ready(pid), return what it says."""
+    """Start `python COMMAND` in folder, press Ctrl-C `delay` seconds after ready(pid); what it says."""
     process = subprocess.Popen(
         [sys.executable, *command], cwd=folder, env=environment(), stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, start_new_session=True)
