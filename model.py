@@ -120,11 +120,11 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: floa
     """Attention of T queries to S keys by PyTorch's fused kernels.
 
     q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D). mask, broadcast to (B, H, T, S): added to the
-    scores, or if bool, True where a key is seen. None: one query sees all keys, more are causal (T == S).
+    scores, or if bool, True where a key is seen. None: causal if T == S, else a single query that sees all.
     """
     T, S = q.size(2), k.size(2)
     if mask is None or q.device.type != 'cpu' or torch.compiler.is_exporting() or T <= 256:
-        is_causal = mask is None and bool(T == S)                   # torch.export compares sizes to a symbol
+        is_causal = mask is None and bool(T == S)                   # torch.export makes T == S a SymBool
         return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout_p, is_causal=is_causal)
     # with a mask the CPU's kernel computes every key for every query; taking the queries in chunks spares it
     # the keys after the chunk (at T = 1024 a training step takes 1.11, not 1.29, of learned positions' time)
@@ -366,7 +366,7 @@ class GPT(nn.Module):
         """How the tokens at positions i (T,) attend to S keys: a value for `attend`."""
         if self.config.use_alibi:
             return partial(attention, mask=alibi_bias(self.slopes, i, S).to(dtype))  # (1, H, T, S)
-        T = i.size(0)                                               # which len() would fix in an export
+        T = i.size(0)                                               # len(i) is a constant to torch.export
         if T == S or T == 1 and not is_padded:
             return attention
         # SDPA's is_causal counts queries and keys from the same place, which is wrong behind a cache

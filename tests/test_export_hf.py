@@ -67,7 +67,7 @@ def test_an_exported_gpt2_reads_back_as_the_same_model(checkout, tmp_path, optio
 
 
 def test_what_other_engines_read(checkout, tmp_path):
-    """llama.cpp's converter: the architecture's spelling, sizes, ALiBi. transformers 4: the tokenizer."""
+    """llama.cpp's converter: the architecture in its spelling, sizes, ALiBi. transformers 4: a tokenizer."""
     export(checkout, tmp_path, small(bias=False, use_alibi=True))
     config = json.loads((tmp_path / 'hf/config.json').read_text())
     assert config['architectures'] == ['MPTForCausalLM'] and config['model_type'] == 'mpt'
