@@ -102,6 +102,18 @@ def check_ranges(settings: dict, ranges: dict) -> None:
 # ---------------------------------------------------------------------------------------------------------
 # signals
 
+@contextmanager
+def killed_by_ctrl_c() -> Iterator[None]:
+    """In this context Ctrl-C ends the process at once: Python's own handler would wait for C++ to return."""
+    previous = signal.getsignal(signal.SIGINT)
+    if previous != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
 class StopSignals:
     """In this context a signal to stop sets `received`, so that the run can stop where it can resume.
 
@@ -124,9 +136,11 @@ class StopSignals:
                 self.previous[number] = signal.signal(number, self.handle)
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, kind, error, traceback):
         for number, handler in self.previous.items():
             signal.signal(number, handler)
+        if self.received and kind and kind.__module__.startswith(('torch._dynamo', 'torch._inductor')):
+            raise KeyboardInterrupt from error                      # a terminal sends it to the compiler, too
 
     def handle(self, number, frame):
         name = signal.Signals(number).name
@@ -319,7 +333,8 @@ def processes(device='auto', dtype='auto', compile='auto', backend='auto', timeo
     if kind == 'cuda':                                              # gloo for what is agreed on the CPU
         options |= {'backend': f'cpu:gloo,cuda:{backend}', 'device_id': run.device}
     try:
-        dist.init_process_group(**options, **own_store(options['timeout']))
+        with killed_by_ctrl_c():
+            dist.init_process_group(**options, **own_store(options['timeout']))
     except (ValueError, RuntimeError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         reason = first_sentence(error)

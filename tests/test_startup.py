@@ -6,9 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import environment, error_line, run_script, tiny
+from test_faults import free_port
+
+from runtime import one_line_errors
 
 SCRIPTS = ['train.py', 'sample.py', 'sample_alibi_extrapolation.py', 'bench.py', 'export_hf.py']
 LONG = 'x' * 300  # no file system takes such a name
@@ -128,22 +132,28 @@ def test_characters_that_the_terminal_lacks(checkout, tmp_path, script):
 
 # file systems
 
+@pytest.mark.parametrize('settings', [
+    dict(out_dir=LONG),
+    dict(out_dir=LONG, init_from='resume'),
+    dict(out_dir=LONG, init_from='auto'),
+    dict(init_from=LONG),
+    dict(dataset=LONG),
+])
+def test_training_with_a_name_that_is_too_long(run_train, settings):
+    with pytest.raises(SystemExit, match=f'error: .*{LONG}'), one_line_errors():
+        run_train(**settings)
+
+
 @pytest.mark.parametrize('arguments', [
-    *(['train.py', *tiny(init_from=init_from, out_dir=LONG)]
-      for init_from in ('scratch', 'resume', 'auto', LONG)),
     ['train.py', f'{LONG}.py'],
     ['sample.py', f'--out_dir={LONG}'],
-    ['export_hf.py', f'--out_dir={LONG}'],
     ['sample_alibi_extrapolation.py', LONG],
+    ['export_hf.py', f'--out_dir={LONG}'],
+    ['export_hf.py', '--out_dir={out}', f'--hf_dir={LONG}'],
 ])
-def test_a_name_that_is_too_long(checkout, arguments):
+def test_another_script_with_a_name_that_is_too_long(checkout, trained, arguments):
+    arguments = [argument.format(out=trained) for argument in arguments]
     assert LONG in error_line(run_script(checkout, *arguments, status=1))
-
-
-def test_an_export_whose_name_is_too_long(checkout, trained):
-    output = run_script(checkout, 'export_hf.py', f'--out_dir={trained}', f'--hf_dir={LONG}', status=1)
-    line = error_line(output)
-    assert 'name too long' in line
 
 
 def can_mount():
@@ -172,15 +182,60 @@ def test_a_read_only_file_system(checkout, trained, command):
 
 # Ctrl-C
 
-def interrupt(folder, command, ready, delay=0.0):
-    """Start `python COMMAND` in folder, press Ctrl-C `delay` seconds after ready(pid); what it says."""
+def interrupt(folder, command, delay):
+    """Run `python COMMAND` in folder and press Ctrl-C, `delay` seconds after its first slow import began.
+
+    Returns the exit status, negative for a signal, and both streams.
+    """
     process = subprocess.Popen(
         [sys.executable, *command], cwd=folder, env=environment(), stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, start_new_session=True)
-    while not ready(process.pid):
+        stderr=subprocess.STDOUT, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # not ignored, as behind an &
+    while b'numpy' not in Path(f'/proc/{process.pid}/maps').read_bytes():
         assert process.poll() is None, process.communicate()
         time.sleep(0.001)
     time.sleep(delay)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    output, errors = process.communicate(timeout=30)
-    return process.returncode, output, errors
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to compilers too
+    output, _ = process.communicate(timeout=60)
+    return process.returncode, output
+
+
+LONG_RUN = tiny(max_iters=100000, eval_iters=200)
+
+
+@pytest.mark.parametrize('script', [*SCRIPTS, 'data/pydocs_char/prepare.py'])
+def test_ctrl_c_during_the_imports(checkout, script):
+    assert interrupt(checkout, [script], 0.1) == (-signal.SIGINT, b'')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('delay', [0, 0.3, 0.6, 0.9, 1.2, 1.5, 1.8, 2.1, 2.4, 3])
+def test_ctrl_c_before_the_first_update(checkout, tmp_path, delay):
+    """During the imports, as the data are read, in the first evaluation; a slow machine may be elsewhere."""
+    status, output = interrupt(checkout, ['train.py', *LONG_RUN, f'--out_dir={tmp_path}/out'], delay)
+    assert status in (-signal.SIGINT, 0, 1) and is_quiet(output), output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('delay', [2, 3, 4, 6, 9, 12])
+@pytest.mark.parametrize('script', ['train.py', 'sample.py'])
+def test_ctrl_c_during_compilation(checkout, trained, tmp_path, monkeypatch, script, delay):
+    """With nothing in inductor's cache, the compilation takes about 10 seconds."""
+    command = [script, f'--out_dir={trained}', '--device=cpu', '--compile=True', '--max_new_tokens=5000']
+    if script == 'train.py':
+        command = [script, *LONG_RUN, f'--out_dir={tmp_path}/out', '--compile=True']
+    monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path / 'cache'))
+    status, output = interrupt(checkout, command, delay)
+    assert status in (-signal.SIGINT, 0, 1) and is_quiet(output), output
+
+
+@pytest.mark.parametrize('rank', ['0', '1'])
+def test_ctrl_c_while_waiting_for_another_process(checkout, tmp_path, monkeypatch, rank):
+    """That never comes: PyTorch would wait for half an hour."""
+    variables = dict(RANK=rank, WORLD_SIZE='2', LOCAL_RANK='0', MASTER_ADDR='127.0.0.1')
+    for name, value in {**variables, 'MASTER_PORT': str(free_port())}.items():
+        monkeypatch.setenv(name, value)
+    start = time.monotonic()
+    status, output = interrupt(checkout, ['train.py', *tiny(out_dir=tmp_path / 'out')], 5)
+    assert status == -signal.SIGINT and is_quiet(output), output
+    assert time.monotonic() - start < 30
