@@ -81,7 +81,7 @@ def test_a_run_from_scratch(run_train, capsys):
     assert 'iter 10: loss ' in output
     assert 'step 10: train loss ' in output
     assert ', val loss ' in output
-    assert '256 = 2 micro-batches x 4 sequences x 32 tokens' in output
+    assert '256 tokens = 2 x 4 x 32' in output
 
 
 def test_the_logged_loss_is_the_mean_over_micro_batches(run_train):
