@@ -72,10 +72,11 @@ def one_line_errors() -> Iterator[None]:
         status = "error: interrupted"
     except BrokenPipeError:                                         # as with `python sample.py | head`
         status = 1
-    except OSError as error:
-        if error.errno not in FILE_ERRORS:
+    except Exception as error:
+        remedy = FILE_ERRORS.get(system_errno(error))
+        if remedy is None:
             raise
-        status = f"error: {error}: {FILE_ERRORS[error.errno]}"
+        status = f"error: {' '.join(str(error).split())}: {remedy}"
     finally:
         signal.signal(signal.SIGINT, previous)
         try:
@@ -84,6 +85,12 @@ def one_line_errors() -> Iterator[None]:
             discard_output()                                        # or Python tries once more as it exits
     if status:
         sys.exit(status)
+
+
+def system_errno(error: Exception) -> int | None:
+    """What the operating system said, where the error is an OSError or that of a library written in Rust."""
+    found = re.search(r'\(os error (\d+)\)', str(error))           # as in safetensors' and tokenizers'
+    return int(found[1]) if found else getattr(error, 'errno', None)
 
 
 def discard_output() -> None:

@@ -164,13 +164,16 @@ def status_of(error):
     (BrokenPipeError(), 1),
     (OSError(errno.EROFS, 'Read-only', 'x.pt'),
      "error: [Errno 30] Read-only: 'x.pt': choose a folder that can be written to"),
+    (Exception('File too large (os error 27)'),
+     'error: File too large (os error 27): make room; what was saved before is unharmed'),
     (OSError(errno.ENAMETOOLONG, 'Too long', 'x'), "error: [Errno 36] Too long: 'x': choose a shorter name"),
 ])
 def test_what_is_no_bug_ends_with_one_line(error, status):
     assert status_of(error) == status
 
 
-@pytest.mark.parametrize('error', [ValueError('x'), OSError(errno.ENOENT, 'missing'), AssertionError()])
+@pytest.mark.parametrize('error', [ValueError('x'), OSError(errno.ENOENT, 'missing'), AssertionError(),
+                                   Exception('No such file (os error 2)')])
 def test_a_bug_keeps_its_traceback(error):
     with pytest.raises(type(error)), one_line_errors():
         raise error
