@@ -10,14 +10,17 @@ import numpy as np
 import pytest
 from conftest import REPO, environment, torchrun
 
+from dataset import write_char_dataset
+
 DOCUMENTS = ['README.md', 'CONTRIBUTING.md', 'docs/robustness.md', 'docs/performance.md']
-PROGRAMS = ('python ', 'torchrun ', 'pip ', 'make ', 'bash ', 'sbatch ', '.venv/bin/python ')
+COMMAND = re.compile(r'(python|torchrun|\.venv/bin/python) .*\.py|(pip|make|bash|sbatch) .')
 
 # what is not run here, by how it begins, and why
 NOT_RUN = {
     'pip install': "it needs a network; CI installs the same way through make",
     'make': "make quickstart and make test run whole in a fresh clone; CI runs make test",
     '.venv/bin/python': "the linter, the tests and the benchmark, which make and the other tests run",
+    'python data/shakespeare': "it needs a network; run on the real file by test_prepare.py, test_bpe.py",
     'python data/openwebtext/prepare.py': "it needs a network, and 95 GB; run here with --data_files",
     'python data/fineweb/prepare.py': "it needs a network; run with local files by test_fineweb.py",
     'torchrun --nproc_per_node=8 --nnodes=2': "two machines; run as two launchers by test_faults.py",
@@ -36,21 +39,23 @@ SMALL = {
     'sample.py': ['--max_new_tokens=5', '--num_samples=1', '--device=cpu'],
     'bench.py': [*SMALL_MODEL, '--blocks=1', '--steps=1', '--max_new_tokens=2', '--compile=False'],
     'export_hf.py': [],
-    'data/shakespeare_char/prepare.py': ['--input', 'text.txt'],
-    'data/shakespeare/prepare.py': ['--input', 'text.txt'],
+
     'data/mine/prepare.py': [],
     'sample_alibi_extrapolation.py': ['--sliding_targets=20', '--device=cpu'],
 }
 
 
-def commands(name):
-    """The commands in a document: lines of indented code, and code in the text, that begin with a program."""
-    found = []
-    text = (REPO / name).read_text(encoding='utf-8')
-    for line in re.sub(r'```.*?```', '', text, flags=re.DOTALL).splitlines():
-        code = [line.strip()] if line.startswith('    ') else re.findall(r'`([^`]+)`', line)
-        found += [re.split(r' +# ', part)[0].strip() for part in code if part.startswith(PROGRAMS)]
-    return [command for command in found if len(shlex.split(command)) > 1]
+def commands():
+    """The commands of all documents: those on lines of their own, then those in the text."""
+    blocks, inline = [], []
+    for name in DOCUMENTS:
+        text = (REPO / name).read_text(encoding='utf-8')
+        for line in re.sub(r'```.*?```', '', text, flags=re.DOTALL).splitlines():
+            if line.startswith('    '):
+                blocks.append(re.split(r' +# ', line)[0].strip())
+            else:
+                inline += re.findall(r'`([^`]+)`', line)
+    return list(dict.fromkeys(code for code in blocks + inline if COMMAND.match(code)))
 
 
 def reason_not_to_run(command):
@@ -73,7 +78,6 @@ def folder(checkout, bpe_files, tmp_path_factory):
     folder = tmp_path_factory.mktemp('documents') / 'checkout'
     shutil.copytree(checkout, folder, ignore=shutil.ignore_patterns('*.bin', '*.pkl', '__pycache__'))
     text = ''.join(f"ROMEO: Thou art no. {i}, First Citizen.\n" for i in range(3000))
-    (folder / 'text.txt').write_text(text)
     (folder / 'prompt.txt').write_text("First ")
     (folder / 'docs').mkdir()
     (folder / 'docs/a.jsonl').write_text(''.join(json.dumps({'text': text[:200]}) + '\n' for _ in range(400)))
@@ -81,7 +85,8 @@ def folder(checkout, bpe_files, tmp_path_factory):
     (folder / 'data/mine/input.txt').write_text(text)
     example = re.search(r'```python\n(.*?)```', (REPO / 'README.md').read_text(encoding='utf-8'), re.DOTALL)
     (folder / 'data/mine/prepare.py').write_text(example.group(1))
-    for name in ('openwebtext', 'fineweb'):                         # as if their prepare.py had a network
+    write_char_dataset(folder / 'data/shakespeare_char', text)      # as if each prepare.py had a network
+    for name in ('shakespeare', 'openwebtext', 'fineweb'):
         for split in ('train', 'val'):
             ids = np.random.default_rng(0).integers(50257, size=5000).astype('<u2')
             ids.tofile(folder / 'data' / name / f'{split}.bin')
@@ -107,13 +112,8 @@ def test_every_command_of_the_documents(folder, bpe_files, hub):
     env = bpe_files | hub
     server = subprocess.Popen([sys.executable, REPO / 'tests/forked.py', folder], env=environment(**env),
                               text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    todo = [command for name in DOCUMENTS for command in commands(name)]
-    assert len(todo) > 50, todo
-    run, skipped, done = [], [], set()
-    for command in todo:
-        if command in done:
-            continue
-        done.add(command)
+    run, skipped = [], []
+    for command in commands():
         if reason_not_to_run(command):
             skipped.append(command)
             continue
@@ -131,6 +131,7 @@ def test_every_command_of_the_documents(folder, bpe_files, hub):
         run.append(command)
     server.stdin.close()
     server.wait()
+    assert len(run) > 30, run
     unused = [start for start in NOT_RUN if not any(command.startswith(start) for command in skipped)]
     assert not unused, f"NOT_RUN holds what no document says: {unused}"
     print(f"{len(run)} commands run, {len(skipped)} listed:", *skipped, sep='\n')
