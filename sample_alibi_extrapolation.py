@@ -302,6 +302,8 @@ def print_table(results, block):
         L = result.method.trained_length
         print(result.method.name)
         for i, W in enumerate(result.lengths):
+            if i == 0 and result.method.divides:                    # by 1: the row is ALiBi's
+                continue
             row = f"{W:>7} = {W / L:g}x".ljust(16)
             for losses, size in ((result.whole, block), (result.sliding, 1)):
                 change = show(losses[i] - losses[0], size, '+.4f') if i > 0 else ''
