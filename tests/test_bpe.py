@@ -101,7 +101,7 @@ def test_train_and_sample_in_bpe(checkout, bpe_files, bpe, tmp_path):
     folder = checkout / 'data/mine'
     folder.mkdir()
     (folder / 'input.txt').write_text(TEXT, encoding='utf-8')
-    (folder / 'prepare.py').write_text(readme_example('write_bpe_dataset'))
+    (folder / 'prepare.py').write_text(readme_example().replace('write_char_dataset', 'write_bpe_dataset'))
     run_script(checkout, 'data/mine/prepare.py', env=bpe_files)
     assert bpe.decode(read_ids(folder, 'train') + read_ids(folder, 'val')) == TEXT
     out_dir = tmp_path / 'out'
@@ -118,14 +118,14 @@ def test_your_own_characters_as_the_readme_shows(checkout):
     folder = checkout / 'data/mine_char'
     folder.mkdir()
     (folder / 'input.txt').write_text(TEXT, encoding='utf-8')
-    (folder / 'prepare.py').write_text(readme_example('write_char_dataset'))
+    (folder / 'prepare.py').write_text(readme_example())
     assert f'{len(TEXT):,} characters' in run_script(checkout, 'data/mine_char/prepare.py')
 
 
-def readme_example(name):
-    """The code block of the README that calls a function of this name."""
-    blocks = (REPO / 'README.md').read_text(encoding='utf-8').split('```python\n')[1:]
-    return next(block.split('```')[0] for block in blocks if name in block)
+def readme_example():
+    """The prepare.py in the README, for characters; it names the other function for GPT-2's tokens."""
+    block = (REPO / 'README.md').read_text(encoding='utf-8').split('```python\n')[1]
+    return block.split('```')[0]
 
 
 def bpe_sample(checkout, out_dir, env, *options, **settings):

@@ -81,7 +81,7 @@ def folder(checkout, bpe_files, tmp_path_factory):
     (folder / 'prompt.txt').write_text("First ")
     (folder / 'docs').mkdir()
     (folder / 'docs/a.jsonl').write_text(''.join(json.dumps({'text': text[:200]}) + '\n' for _ in range(400)))
-    (folder / 'data/mine').mkdir()
+    (folder / 'data/mine').mkdir(exist_ok=True)
     (folder / 'data/mine/input.txt').write_text(text)
     example = re.search(r'```python\n(.*?)```', (REPO / 'README.md').read_text(encoding='utf-8'), re.DOTALL)
     (folder / 'data/mine/prepare.py').write_text(example.group(1))

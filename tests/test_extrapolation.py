@@ -54,7 +54,7 @@ def test_batches_do_not_change_the_losses(monkeypatch):
 
 
 def naive_loss(model, context, target):
-    """Of a target (an int tensor) behind a context (T,), of which learned positions see the last block_size."""
+    """Of a target (an int tensor) after a context (T,); learned positions see its last block_size tokens."""
     if not model.config.use_alibi:
         context = context[-model.config.block_size:]
     with torch.no_grad():
@@ -116,7 +116,7 @@ def test_recall_losses_equal_one_forward_for_each(use_alibi, T):
 
 @pytest.mark.parametrize('kind', ['text', 'random'])
 def test_recall_tasks(kind, monkeypatch):
-    """A passage, the gap, the passage; the repeats and what is right before them are the same for all gaps."""
+    """A passage, the gap, the passage; repeats and what is right before them are the same for all gaps."""
     monkeypatch.setattr(script, 'recall', kind)
     data = 2 * torch.randint(50, (5000,))
     tasks = script.recall_tasks(data, 32)
@@ -125,7 +125,8 @@ def test_recall_tasks(kind, monkeypatch):
     text = ' '.join(map(str, data.tolist()))
     for gap, (rows, others) in tasks.items():
         assert torch.equal(rows[:, :8], rows[:, -8:]) and not torch.equal(others[:, :8], others[:, -8:])
-        assert torch.equal(rows[:, 8:], others[:, 8:]) and torch.equal(rows[:, 8:], longest[:, 232 - gap:][:, -gap - 8:])
+        assert torch.equal(rows[:, 8:], others[:, 8:])
+        assert torch.equal(rows[:, 8:], longest[:, 232 - gap:][:, -gap - 8:])
         assert rows.size(1) == 16 + gap and set(rows.unique().tolist()) <= set(data.tolist())
         for row in rows[:5]:
             assert ' '.join(map(str, row[8:8 + gap].tolist())) in text
@@ -180,7 +181,8 @@ def test_several_folders(checkout, trained, tmp_path):
     options = TINY | dict(use_alibi=True, dropout=0.0)
     for name, more in (('second', dict(seed=7)), ('other', dict(n_layer=1))):
         run_script(checkout, 'train.py', *arguments(**options | more, out_dir=tmp_path / name))
-    alone = [rows(run_script(checkout, SCRIPT, folder)) for folder in (trained / 'alibi', tmp_path / 'second')]
+    folders = (trained / 'alibi', tmp_path / 'second')
+    alone = [rows(run_script(checkout, SCRIPT, folder)) for folder in folders]
     output = run_script(checkout, SCRIPT, trained / 'alibi', tmp_path / 'second', tmp_path / 'other',
                         '--alibi_scale=True', '--recall=random', '--sliding_targets=50')
     table = rows(output)

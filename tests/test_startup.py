@@ -205,7 +205,7 @@ def interrupt(folder, command, delay):
         time.sleep(0.001)
     time.sleep(delay)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to compilers too
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=240)
     return process.returncode, output
 
 
@@ -218,7 +218,7 @@ def test_ctrl_c_during_the_imports(checkout, script):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('delay', [0, 0.3, 0.6, 0.9, 1.2, 1.5, 1.8, 2.1, 2.4, 3])
+@pytest.mark.parametrize('delay', [0, 0.6, 1.2, 1.8, 3])
 def test_ctrl_c_before_the_first_update(checkout, tmp_path, delay):
     """During the imports, as the data are read, in the first evaluation; a slow machine may be elsewhere."""
     status, output = interrupt(checkout, ['train.py', *LONG_RUN, f'--out_dir={tmp_path}/out'], delay)
@@ -226,7 +226,7 @@ def test_ctrl_c_before_the_first_update(checkout, tmp_path, delay):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('delay', [2, 3, 4, 6, 9, 12])
+@pytest.mark.parametrize('delay', [3, 6, 10])
 @pytest.mark.parametrize('script', ['train.py', 'sample.py'])
 def test_ctrl_c_during_compilation(checkout, trained, tmp_path, monkeypatch, script, delay):
     """With nothing in inductor's cache, the compilation takes about 10 seconds."""
