@@ -12,7 +12,7 @@ from conftest import REPO, environment, torchrun
 
 from dataset import write_char_dataset
 
-DOCUMENTS = ['README.md', 'CONTRIBUTING.md', 'docs/robustness.md', 'docs/performance.md']
+DOCUMENTS = ['README.md', 'CONTRIBUTING.md', 'docs/robustness.md', 'docs/alibi.md', 'docs/performance.md']
 COMMAND = re.compile(r'(python|torchrun|\.venv/bin/python) .*\.py|(pip|make|bash|sbatch) .')
 
 # what is not run here, by how it begins, and why
