@@ -30,7 +30,7 @@ def model_args(config: GPTConfig) -> dict:
             if key in NANOGPT_ARGS or value != defaults[key]}
 
 
-def save(path, state: dict) -> None:
+def save(path: str | Path, state: dict) -> None:
     """Write the state to path, atomically."""
     try:
         with atomic_write(path) as file:
@@ -41,7 +41,7 @@ def save(path, state: dict) -> None:
         raise
 
 
-def load(path) -> dict:
+def load(path: str | Path) -> dict:
     """Read a checkpoint, ours or nanoGPT's, to the CPU, running no code in it. Raises UserError."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -60,7 +60,7 @@ def load(path) -> dict:
     return state
 
 
-def check_contents(state, path) -> None:
+def check_contents(state: object, path: str | Path) -> None:
     """Raise UserError unless the state is that of a GPT. Adds an empty config where there is none."""
     def refuse(reason):
         raise UserError(f"{path} is not a checkpoint of a GPT: {reason}")
@@ -79,7 +79,7 @@ def check_contents(state, path) -> None:
         check_meta(state['meta'], f"the meta in {path}")
 
 
-def check_resumable(state: dict, path) -> None:
+def check_resumable(state: dict, path: str | Path) -> None:
     """Raise UserError if a run can't resume from the state."""
     kinds = {'optimizer': dict, 'iter_num': int, 'best_val_loss': (int, float, torch.Tensor)}
     missing = [key for key, kind in kinds.items() if not isinstance(state.get(key), kind)]
@@ -107,7 +107,7 @@ def build_model(state: dict, **overrides) -> GPT:
     return model
 
 
-def pretrained(name, dropout=0.0) -> GPT:
+def pretrained(name: str, dropout: float = 0.0) -> GPT:
     """GPT.from_pretrained(name). Raises UserError."""
     try:
         return GPT.from_pretrained(name, {'dropout': dropout})
@@ -164,7 +164,7 @@ def data_meta(state: dict) -> dict | None:
     return meta
 
 
-def pretrained_meta(name) -> dict | None:
+def pretrained_meta(name: str) -> dict | None:
     """The meta in a character-level model that export_hf.py wrote to the folder `name`, else None."""
     path = Path(name) / 'tokenizer.json'
     if not path.exists():

@@ -24,6 +24,8 @@ import re
 import sys
 from pathlib import Path
 
+Setting = bool | int | float | str
+
 
 class ConfigError(Exception):
     """A mistake in a config file or on the command line: one line that says what is wrong."""
@@ -38,7 +40,7 @@ def check_key(key: str, settings: dict) -> None:
     raise ConfigError(f"unknown setting {key!r}{hint}")
 
 
-def in_one_line(value) -> str:
+def in_one_line(value: object) -> str:
     """The repr of whatever a config file may assign, in one line."""
     try:
         return ' '.join(repr(value).split())
@@ -46,7 +48,7 @@ def in_one_line(value) -> str:
         return f"this {type(value).__name__}"
 
 
-def check_type(key: str, value, default):
+def check_type(key: str, value: object, default: Setting) -> Setting:
     """The value as a setting of default's type. Raises ConfigError."""
     wanted = type(default)
     if type(value) is int and not -2**63 <= value < 2**63:
@@ -61,7 +63,7 @@ def check_type(key: str, value, default):
                       f"not {in_one_line(value)}")
 
 
-def parse_value(key: str, text: str, default):
+def parse_value(key: str, text: str, default: Setting) -> Setting:
     """The text of --key=text as a setting of default's type. Raises ConfigError."""
     if text in ('True', 'False') and (isinstance(default, bool) or default == 'auto'):
         return text == 'True'

@@ -114,7 +114,7 @@ def _install(new: Path, folder: Path):
     os.replace(new / 'train.bin', folder / 'train.bin')
 
 
-def write_char_dataset(folder: str | Path, text: str, val_fraction: float = 0.1):
+def write_char_dataset(folder: str | Path, text: str, val_fraction: float = 0.1) -> None:
     """Write a character-level data set: the last val_fraction of the text is the val split. Prints the sizes.
 
     Raises UserError for more than 65,536 distinct characters, or if another process is preparing the folder.
@@ -134,7 +134,7 @@ def write_char_dataset(folder: str | Path, text: str, val_fraction: float = 0.1)
     print(f"{folder}: {n_train:,} train tokens, {len(ids) - n_train:,} val tokens")
 
 
-def write_bpe_dataset(folder: str | Path, text: str, val_fraction: float = 0.1):
+def write_bpe_dataset(folder: str | Path, text: str, val_fraction: float = 0.1) -> None:
     """Write a data set of GPT-2 BPE tokens: the last val_fraction of the text is the val split.
 
     "<|endoftext|>" in the text becomes the end-of-text token. Prints the sizes. Raises UserError if GPT-2's
@@ -220,7 +220,7 @@ def load_meta(folder: str | Path) -> dict | None:
     return check_meta(meta, path)
 
 
-def check_meta(meta, source: str | Path) -> dict:
+def check_meta(meta: object, source: str | Path) -> dict:
     """The meta reduced to its three keys. Raises UserError, naming source, if it defines no tokenizer."""
     try:
         stoi, itos, vocab_size = meta['stoi'], meta['itos'], meta['vocab_size']

@@ -8,7 +8,7 @@ Letters in the comments on shapes: B sequences in the batch, T tokens that go in
 to (S > T when a cache holds earlier ones), C channels (n_embd), H heads, D = C / H, V vocabulary.
 """
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -168,7 +168,7 @@ class KVCache:
         self.fixed = False
         self.layers = []     # a (keys, values) pair each
 
-    def fix_shapes(self, device):
+    def fix_shapes(self, device: torch.device) -> None:
         """Attend over the whole capacity from now on, so that no shape changes and a model compiles once."""
         self.length, self.fixed = torch.tensor(self.length, device=device), True
         torch._dynamo.mark_static_address(self.length)              # for CUDA graphs: it changes in place
@@ -176,7 +176,7 @@ class KVCache:
             torch._dynamo.mark_static_address(keys)
             torch._dynamo.mark_static_address(values)
 
-    def advance(self, T: int, device):
+    def advance(self, T: int, device: torch.device) -> tuple[torch.Tensor, int]:
         """Make room for T more tokens: their positions (T,), and the number S of keys to attend to."""
         if not self.fixed and self.length + T > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} tokens, got {self.length + T}")
@@ -184,7 +184,8 @@ class KVCache:
         self.length += T
         return i, self.capacity if self.fixed else self.length
 
-    def extend(self, layer: int, i: torch.Tensor, S: int, k: torch.Tensor, v: torch.Tensor):
+    def extend(self, layer: int, i: torch.Tensor, S: int, k: torch.Tensor,
+               v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store k and v (B, H, T, D) of the tokens at positions i (T,); return the first S of all of them."""
         if layer == len(self.layers):
             B, H, _, D = k.shape
@@ -214,7 +215,8 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, rows, with_gradient):
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: int,
+                with_gradient: bool) -> torch.Tensor:
         rows = math.ceil(len(x) / math.ceil(len(x) / rows))         # about as many in each chunk
         keep = (targets != -1).float()[:, None]                     # (N, 1), 0: to be ignored
         targets = targets.clamp(min=0)[:, None]                     # (N, 1)
@@ -233,7 +235,7 @@ class HeadLoss(torch.autograd.Function):
         return loss / count
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx, gradient: torch.Tensor) -> tuple:
         dx, dw, count = ctx.saved_tensors
         return dx * (gradient / count), dw * (gradient / count), None, None, None
 
@@ -248,7 +250,8 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, attend=attention, extend=None, turn=None):
+    def forward(self, x: torch.Tensor, attend: Callable = attention, extend: Callable | None = None,
+                turn: Callable | None = None) -> torch.Tensor:
         """x (B, T, C) -> (B, T, C). attend: see GPT.forward. extend: adds the k and v of earlier tokens.
 
         turn: rotates q and k by their positions.
@@ -274,7 +277,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))   # (B, T, C)
 
 
@@ -287,7 +290,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, attend=attention, extend=None, turn=None):
+    def forward(self, x: torch.Tensor, attend: Callable = attention, extend: Callable | None = None,
+                turn: Callable | None = None) -> torch.Tensor:
         x = x + self.attn(self.ln_1(x), attend, extend, turn)
         return x + self.mlp(self.ln_2(x))
 
@@ -321,8 +325,9 @@ class GPT(nn.Module):
         if isinstance(module, (CausalSelfAttention, MLP)):  # visited after the Linear layers in them
             nn.init.normal_(module.c_proj.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
-    def forward(self, idx, targets=None, cache: KVCache | None = None, return_logits=True, attend=None,
-                checkpoint_activations=False):
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None, cache: KVCache | None = None,
+                return_logits: bool = True, attend: Callable | None = None,
+                checkpoint_activations: bool = False) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Logits, and the mean cross-entropy in nats if there are targets.
 
         idx (B, T) int64: token ids. targets (B, T) int64 or None: the next ids; -1 is ignored.
@@ -362,7 +367,7 @@ class GPT(nn.Module):
         logits = self.lm_head(x)                                    # (B, T, V)
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
-    def choose_attention(self, i, S, is_padded, dtype) -> Callable:
+    def choose_attention(self, i: torch.Tensor, S: int, is_padded: bool, dtype: torch.dtype) -> Callable:
         """How the tokens at positions i (T,) attend to S keys: a value for `attend`."""
         if self.config.use_alibi:
             return partial(attention, mask=alibi_bias(self.slopes, i, S).to(dtype))  # (1, H, T, S)
@@ -372,7 +377,7 @@ class GPT(nn.Module):
         # SDPA's is_causal counts queries and keys from the same place, which is wrong behind a cache
         return partial(attention, mask=i[:, None] >= torch.arange(S, device=i.device))  # (T, S)
 
-    def chunked_loss(self, x, targets):
+    def chunked_loss(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The mean cross-entropy of x (B, T, C) against targets (B, T), by HeadLoss."""
         rows = max_logits(x.device) // self.config.vocab_size + 1
         return HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), rows,
@@ -382,8 +387,10 @@ class GPT(nn.Module):
     # generation
 
     @torch.no_grad()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, *, stop=None, vocab_size=None,
-               generators=None, use_cache=True, decode=None):
+    def stream(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0,
+               top_k: int | None = None, *, stop: int | None = None, vocab_size: int | None = None,
+               generators: list[torch.Generator] | None = None, use_cache: bool = True,
+               decode: Callable | None = None) -> Iterator[torch.Tensor]:
         """Sample up to max_new_tokens, yielding the next ids (B, 1) as they come. Call eval() first.
 
         idx (B, T) int64: the prompts, T >= 1. temperature: 0 is greedy. top_k: draw from the k likeliest ids.
@@ -416,14 +423,15 @@ class GPT(nn.Module):
             if stop is not None and stopped.all():
                 return
 
-    def prefill(self, idx, cache):
+    def prefill(self, idx: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
         """Logits (B, V) of what follows the prompts idx (B, T), which the cache, unless None, then holds."""
         if idx.size(1) > self.max_context:
             idx = idx[:, -self.max_context:]
         logits, _ = self(idx, cache=cache)
         return logits[:, -1]
 
-    def decode_token(self, idx, cache, decode=None):
+    def decode_token(self, idx: torch.Tensor, cache: KVCache | None,
+                     decode: Callable | None = None) -> torch.Tensor:
         """Logits (B, V) of what follows idx (B, T), all but whose last token the cache holds.
 
         Without a cache, or past its capacity, the last max_context tokens are computed anew.
@@ -440,7 +448,8 @@ class GPT(nn.Module):
         """How many tokens the model can look at."""
         return self.config.block_size if 'wpe' in self.transformer else math.inf
 
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **options) -> torch.Tensor:
+    def generate(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0,
+                 top_k: int | None = None, **options) -> torch.Tensor:
         """idx (B, T) with up to max_new_tokens sampled behind it, (B, T + n). Options as in stream()."""
         return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k, **options)], dim=1)
 
@@ -448,7 +457,7 @@ class GPT(nn.Module):
     # GPT-2's weights
 
     @classmethod
-    def from_pretrained(cls, name, override_args: dict | None = None) -> 'GPT':
+    def from_pretrained(cls, name: str, override_args: dict | None = None) -> 'GPT':
         """GPT-2 as OpenAI trained it, or a folder with any GPT-2 that transformers saved, in eval mode.
 
         name: gpt2, gpt2-medium, gpt2-large or gpt2-xl, which transformers downloads once, or a folder's path.
@@ -472,14 +481,14 @@ class GPT(nn.Module):
     # -----------------------------------------------------------------------------------------------------
     # training
 
-    def get_num_params(self, non_embedding=True) -> int:
+    def get_num_params(self, non_embedding: bool = True) -> int:
         """Number of parameters, by default without position embeddings (the token ones serve as the head)."""
         n = sum(p.numel() for p in self.parameters())
         if non_embedding and 'wpe' in self.transformer:
             n -= self.transformer.wpe.weight.numel()
         return n
 
-    def crop_block_size(self, block_size: int):
+    def crop_block_size(self, block_size: int) -> None:
         """Keep the first block_size positions. Raises ValueError if the model has fewer."""
         if not 1 <= block_size <= self.config.block_size:
             raise ValueError(f"cannot crop block_size {self.config.block_size} to {block_size}")
@@ -488,9 +497,9 @@ class GPT(nn.Module):
             wpe = self.transformer.wpe.weight
             wpe.data = wpe.data[:block_size].clone()                # still the optimizer's Parameter
 
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, optimizer='adamw',
-                             muon_learning_rate=0.02, muon_momentum=0.95,
-                             muon_steps=5) -> torch.optim.Optimizer:
+    def configure_optimizers(self, weight_decay: float, learning_rate: float, betas: tuple[float, float],
+                             device_type: str, optimizer: str = 'adamw', muon_learning_rate: float = 0.02,
+                             muon_momentum: float = 0.95, muon_steps: int = 5) -> torch.optim.Optimizer:
         """AdamW (Loshchilov and Hutter 2019), or with 'muon' Muon for the matrices of the blocks.
 
         Matrices and embeddings decay, biases and layer norms do not. Each group has an lr_ratio, its rate
@@ -514,7 +523,7 @@ class GPT(nn.Module):
                    dict(adamw, params=[p for p in params if p.dim() < 2], weight_decay=0.0)]
         return Muon(groups, muon_steps) if optimizer == 'muon' else torch.optim.AdamW(groups, fused=True)
 
-    def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops=312e12) -> float:
+    def estimate_mfu(self, fwdbwd_per_iter: int, dt: float, peak_flops: float = 312e12) -> float:
         """Model FLOPs utilization: the used share of peak_flops (FLOP/s; default: an A100's in bfloat16).
 
         fwdbwd_per_iter sequences of block_size tokens in dt seconds, counted as in PaLM's appendix B
@@ -525,7 +534,7 @@ class GPT(nn.Module):
         return flops_per_token * T * fwdbwd_per_iter / dt / peak_flops
 
 
-def gpt2_sizes(name) -> dict:
+def gpt2_sizes(name: str) -> dict:
     """The arguments of GPTConfig for a GPT-2 of transformers. Raises ValueError if it has no equal here."""
     from transformers import GPT2Config
     theirs = GPT2Config.from_pretrained(name)
@@ -543,7 +552,8 @@ def gpt2_sizes(name) -> dict:
                 gelu=activations[theirs.activation_function])
 
 
-def sample_logits(logits: torch.Tensor, temperature=1.0, top_k=None, generators=None) -> torch.Tensor:
+def sample_logits(logits: torch.Tensor, temperature: float = 1.0, top_k: int | None = None,
+                  generators: list[torch.Generator] | None = None) -> torch.Tensor:
     """Draw an id for each row of logits (B, V): (B, 1) int64. Options as in GPT.stream()."""
     logits = logits.float()
     if temperature == 0:

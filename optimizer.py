@@ -59,7 +59,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, dict(ns_steps=ns_steps, fused=True))
 
     @torch.no_grad()
-    def step(self):
+    def step(self) -> None:
         """Update the parameters that have a gradient."""
         for group in self.param_groups:
             params = [p for p in group['params'] if p.grad is not None]

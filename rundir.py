@@ -12,7 +12,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,7 +28,7 @@ SAMPLE = ('ckpt.pt', 'last.pt')  # and where samples are taken from
 # the folder
 
 @contextmanager
-def lock(out_dir) -> Iterator[None]:
+def lock(out_dir: str | Path) -> Iterator[None]:
     """Make out_dir, and keep other runs out of it in this context. Raises UserError if one is in it."""
     try:
         Path(out_dir).mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ def lock(out_dir) -> Iterator[None]:
         yield
 
 
-def set_aside(out_dir, say: Callable = print) -> Path | None:
+def set_aside(out_dir: str | Path, say: Callable = print) -> Path | None:
     """Move what an earlier run left in out_dir to a new folder in it, previous/, previous-2/, ...; return it.
 
     Traces of a run that never saved a checkpoint are removed instead. say(text) is told where the run went.
@@ -68,12 +68,12 @@ def unused_name(folder: Path, name: str) -> Path:
     return path
 
 
-def has_state(out_dir) -> bool:
+def has_state(out_dir: str | Path) -> bool:
     """Whether there is something in out_dir to resume from."""
     return any((Path(out_dir) / name).exists() for name in RESUME)
 
 
-def find(out_dir, names) -> Path:
+def find(out_dir: str | Path, names: Iterable[str]) -> Path:
     """The first of the files `names` in out_dir. Raises UserError if there is none."""
     for name in names:
         if (Path(out_dir) / name).exists():
@@ -84,7 +84,7 @@ def find(out_dir, names) -> Path:
 # ---------------------------------------------------------------------------------------------------------
 # checkpoints
 
-def save(out_dir, state: dict, is_best: bool, keep: int = 0) -> None:
+def save(out_dir: str | Path, state: dict, is_best: bool, keep: int = 0) -> None:
     """Write the state to out_dir/last.pt, and if it is the best also to ckpt.pt.
 
     keep: how many of the newest states that were saved with keep > 0 are kept as iter-N.pt.
@@ -99,7 +99,7 @@ def save(out_dir, state: dict, is_best: bool, keep: int = 0) -> None:
             path.unlink()
 
 
-def kept_states(out_dir) -> list[Path]:
+def kept_states(out_dir: str | Path) -> list[Path]:
     """The files iter-N.pt in out_dir, in the order in which they were written."""
     files = [path for path in Path(out_dir).glob('iter-*.pt') if re.fullmatch(r'iter-\d{6,}\.pt', path.name)]
     return sorted(files, key=lambda path: path.stat().st_mtime_ns)
@@ -116,7 +116,7 @@ def link_or_copy(source: Path, target: Path) -> None:
     os.replace(temporary, target)
 
 
-def load_for_resume(out_dir, file=None) -> tuple[dict, Path]:
+def load_for_resume(out_dir: str | Path, file: str | Path | None = None) -> tuple[dict, Path]:
     """The state to resume from and its file: the given one, else last.pt, else ckpt.pt. Raises UserError."""
     path = Path(file) if file else find(out_dir, RESUME)
     try:
@@ -135,7 +135,7 @@ def load_for_resume(out_dir, file=None) -> tuple[dict, Path]:
                         f"remove {path}") from None
 
 
-def load_for_sampling(out_dir) -> tuple[GPT, dict, Path]:
+def load_for_sampling(out_dir: str | Path) -> tuple[GPT, dict, Path]:
     """The model in out_dir's ckpt.pt, else last.pt, in eval mode; the state; and the file it came from."""
     path = find(out_dir, SAMPLE)
     state = checkpoint.load(path)
@@ -145,7 +145,7 @@ def load_for_sampling(out_dir) -> tuple[GPT, dict, Path]:
 # ---------------------------------------------------------------------------------------------------------
 # metrics
 
-def append_metrics(out_dir, record: dict) -> None:
+def append_metrics(out_dir: str | Path, record: dict) -> None:
     """Add a record with `iter` to out_dir/metrics.jsonl. JSON has no nan and inf: they become null."""
     def is_broken(value):
         return isinstance(value, float) and not math.isfinite(value)
@@ -155,7 +155,7 @@ def append_metrics(out_dir, record: dict) -> None:
         file.write(json.dumps(record) + '\n')
 
 
-def parse_metrics(out_dir) -> tuple[list[dict], int]:
+def parse_metrics(out_dir: str | Path) -> tuple[list[dict], int]:
     """The records in out_dir/metrics.jsonl, and how many other lines there are but for a last one cut off."""
     path = Path(out_dir) / 'metrics.jsonl'
     records, n_bad = [], 0
@@ -173,12 +173,12 @@ def parse_metrics(out_dir) -> tuple[list[dict], int]:
     return records, n_bad
 
 
-def read_metrics(out_dir) -> list[dict]:
+def read_metrics(out_dir: str | Path) -> list[dict]:
     """The records in out_dir/metrics.jsonl."""
     return parse_metrics(out_dir)[0]
 
 
-def drop_metrics(out_dir, iter_num: int, evaluates: bool, say: Callable = print) -> None:
+def drop_metrics(out_dir: str | Path, iter_num: int, evaluates: bool, say: Callable = print) -> None:
     """Drop the records that a run resumed at iter_num writes again; evaluates: its evaluation there too.
 
     A file with other lines than records is moved aside, its records go into a new one, and say(text) is told.
@@ -199,7 +199,7 @@ def drop_metrics(out_dir, iter_num: int, evaluates: bool, say: Callable = print)
         file.writelines(json.dumps(record) + '\n' for record in kept)
 
 
-def plot_losses(out_dir) -> None:
+def plot_losses(out_dir: str | Path) -> None:
     """Draw the curves of metrics.jsonl as out_dir/loss.png."""
     from matplotlib.figure import Figure  # only here: it is slow to import
     records = read_metrics(out_dir)

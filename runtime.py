@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import NamedTuple
@@ -149,7 +149,7 @@ class StopSignals:
         if self.received and kind and kind.__module__.startswith(('torch._dynamo', 'torch._inductor')):
             raise KeyboardInterrupt from error                      # a terminal sends it to the compiler, too
 
-    def handle(self, number, frame):
+    def handle(self, number: int, frame: object) -> None:
         name = signal.Signals(number).name
         if not self.received:
             self.received, self.first = True, time.monotonic()
@@ -261,7 +261,7 @@ def describe_device(device: torch.device, dtype: str) -> str:
     return text
 
 
-def set_up(device='auto', dtype='auto', compile='auto') -> Runtime:
+def set_up(device: str = 'auto', dtype: str = 'auto', compile: bool | str = 'auto') -> Runtime:
     """Choose what 'auto' leaves open and set PyTorch's global switches, for one process.
 
     The switches: the current CUDA device; TF32 in matrix products where there is any; on a CPU, numbers below
@@ -314,7 +314,8 @@ def choose_device(device: str) -> torch.device:
 
 
 @contextmanager
-def processes(device='auto', dtype='auto', compile='auto', backend='auto', timeout=1800) -> Iterator[Runtime]:
+def processes(device: str = 'auto', dtype: str = 'auto', compile: bool | str = 'auto', backend: str = 'auto',
+              timeout: float = 1800) -> Iterator[Runtime]:
     """set_up(), and if torchrun started this process, the company of the others while the context lasts.
 
     timeout: seconds that a process waits for the others. Raises UserError where they don't come together, and
@@ -397,7 +398,7 @@ def first_sentence(error: Exception) -> str:
     return re.sub(r'^\[[^]]*\] ', '', lines[0]).split('. ')[0]
 
 
-def compile_decoding(model: torch.nn.Module):
+def compile_decoding(model: torch.nn.Module) -> Callable:
     """The model compiled for GPT.stream(decode=...): fixed shapes, which a GPU replays as a CUDA graph."""
     return torch.compile(model, mode='reduce-overhead', dynamic=False)
 
