@@ -91,8 +91,12 @@ def test_another_folder_without_data_and_configs(checkout, trained, tmp_path, ar
 
 # outputs that nobody reads
 
-@pytest.mark.parametrize('options', ['--max_new_tokens=5 --num_samples=1', '--max_new_tokens=3000',
-                                     '--stream=True --num_samples=1', '--help'])
+@pytest.mark.parametrize('options', [
+    '--max_new_tokens=5 --num_samples=1',
+    pytest.param('--max_new_tokens=3000', marks=pytest.mark.slow),
+    pytest.param('--stream=True --num_samples=1', marks=pytest.mark.slow),
+    '--help',
+])
 def test_sample_into_a_pipe_that_ends(checkout, trained, options):
     """Whether Python notices as it prints or only as it ends."""
     command = f'python sample.py --out_dir={trained} --device=cpu {options}'
@@ -104,8 +108,8 @@ def test_sample_into_a_pipe_that_ends(checkout, trained, options):
 
 @pytest.mark.parametrize('command', [
     'python sample.py --out_dir={out} --num_samples=1 --max_new_tokens=5',
-    'python sample_alibi_extrapolation.py {out} --sliding_targets=10',
-    f'python {BENCH}',
+    pytest.param('python sample_alibi_extrapolation.py {out} --sliding_targets=10', marks=pytest.mark.slow),
+    pytest.param(f'python {BENCH}', marks=pytest.mark.slow),
     pytest.param('python export_hf.py --out_dir={out} --hf_dir={out}-hf', marks=pytest.mark.slow),
 ])
 def test_closed_outputs(checkout, trained, command):
@@ -114,9 +118,18 @@ def test_closed_outputs(checkout, trained, command):
     assert status == 0 and is_quiet(errors), errors
     status, output, _ = in_shell(checkout, f'{command} 2>&-')
     assert status == 0 and is_quiet(output), output
-    status, _, errors = in_shell(checkout, f'{command} >/dev/full')
+
+
+@pytest.mark.parametrize('command', [
+    'python sample.py --out_dir={out} --num_samples=1 --max_new_tokens=5',
+    pytest.param('python sample_alibi_extrapolation.py {out} --sliding_targets=10', marks=pytest.mark.slow),
+    pytest.param('python export_hf.py --out_dir={out} --hf_dir={out}-hf', marks=pytest.mark.slow),
+    'python train.py --help',
+])
+def test_output_to_a_full_disk(checkout, trained, command):
+    status, _, errors = in_shell(checkout, command.format(out=trained) + ' >/dev/full')
     assert status == 1 and is_quiet(errors), errors
-    assert b'error: [Errno 28] No space left on device' in errors
+    assert b'error: [Errno 28] No space left on device: make room' in errors
 
 
 @pytest.mark.parametrize('script', ['train.py', 'sample.py', 'export_hf.py'])
