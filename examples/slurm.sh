@@ -22,17 +22,18 @@
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 10000))          # two jobs on a node need two
-# the nodes may count their restarts differently, and would then look for each other in different places
+# a store for each start, as the one that all would share keeps the addresses of processes that have died
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240       # torchrun would kill after 30 s what is still saving
 
 # in the background: bash runs a trap when `wait` is interrupted, but not before a command has ended.
-# A node that has stopped must not end the others, one of which may still be saving: no kill on bad exit
+# No kill on bad exit: a node that has stopped must not end the one that is still saving.
+# A job that was queued again resumes, whatever the config says of its start
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=0 \
     torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="$SLURM_GPUS_ON_NODE" --max-restarts=3 \
     --rdzv-backend=c10d --rdzv-endpoint="$head:$port" --rdzv-id="$SLURM_JOB_ID" \
     --signals-to-handle=SIGTERM,SIGINT,SIGUSR1 \
-    train.py --init_from=auto "$@" &
+    train.py --init_from=auto "$@" ${SLURM_RESTART_COUNT:+--init_from=auto} &
 srun=$!
 
 # srun passes SIGUSR1 on to all nodes; SIGTERM would make it kill them

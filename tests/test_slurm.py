@@ -51,7 +51,7 @@ else:
 class Job:
     """A job as Slurm starts it: examples/slurm.sh with two nodes of a process each."""
 
-    def __init__(self, folder, cwd, *args, srun=SRUN):
+    def __init__(self, folder, cwd, *args, srun=SRUN, restarts=0):
         self.requeued = folder / 'requeued'
         commands = folder / 'bin'
         commands.mkdir(exist_ok=True)
@@ -63,6 +63,8 @@ class Job:
         env = environment(
             PATH=path, REQUEUED=str(self.requeued), PYTHONUNBUFFERED='1', SLURM_JOB_ID=self.job_id,
             SLURM_NNODES='2', SLURM_JOB_NODELIST='node[1-2]', SLURM_GPUS_ON_NODE='1', SLURM_CPUS_PER_TASK='1')
+        if restarts:                                                # Slurm does not set it at first
+            env['SLURM_RESTART_COUNT'] = str(restarts)
         self.process = subprocess.Popen(['bash', SCRIPT, *args], cwd=cwd, env=env, text=True,
                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
@@ -109,7 +111,8 @@ def test_only_a_run_that_was_stopped_is_queued_again(tmp_path, warned, srun_stat
 def test_a_job_saves_queues_itself_again_and_resumes(checkout, tmp_path):
     """The first job gets the signal. In the second, from the same command, a process is killed as well."""
     out_dir = tmp_path / 'out'
-    command = tiny(max_iters=1000, eval_interval=1000, save_interval=100, out_dir=out_dir)
+    command = tiny(
+        max_iters=1000, eval_interval=1000, save_interval=100, init_from='scratch', out_dir=out_dir)
     job = Job(tmp_path, checkout, *command)
     assert '2 processes' in read_until(job.process, 'iter 120:')
     job.warn()
@@ -119,7 +122,7 @@ def test_a_job_saves_queues_itself_again_and_resumes(checkout, tmp_path):
     reached = load_state(out_dir)['iter_num']
     assert f'interrupted at iteration {reached}' in output
 
-    job = Job(tmp_path, checkout, *command)
+    job = Job(tmp_path, checkout, *command, restarts=1)
     read_until(job.process, f'resuming from {out_dir}/last.pt at iteration {reached}')
     read_until(job.process, 'iter 310:')
     restart_one_node_before_the_other(job)
@@ -133,7 +136,7 @@ def test_a_job_saves_queues_itself_again_and_resumes(checkout, tmp_path):
 def restart_one_node_before_the_other(job):
     """Kill the process of one node; that of the other must not notice it before its torchrun does.
 
-    Then one torchrun counts a restart after a failure and the other does not count any.
+    One torchrun has then counted a restart, and the other has not.
     """
     torchruns = children(children(job.process.pid)[0])
     stopped, killed = [children(torchrun)[0] for torchrun in torchruns]
