@@ -51,40 +51,54 @@ FILE_ERRORS = {errno.ENOSPC: FULL_DISK, errno.EDQUOT: FULL_DISK, errno.EFBIG: FU
 def one_line_errors() -> Iterator[None]:
     """Around a script's work: what is no bug of the script's ends it with one line and exit status 1.
 
-    That is a UserError, a file system that refuses a file, Ctrl-C, or output that nobody reads any more (for
-    which no line is printed). Anything else keeps its traceback. Also makes stdout and stderr take any
-    character, and what is printed to a closed one disappear.
+    That is a UserError, a file system that refuses a file, output that nobody reads any more (which takes no
+    line), or Ctrl-C (which ends the process by the signal itself). Anything else keeps its traceback.
+    Also makes stdout and stderr take any character, and what is printed to a closed one disappear.
     """
     for name in ('stdout', 'stderr'):
         if getattr(sys, name) is None:                              # closed, as with `python sample.py >&-`
             setattr(sys, name, open(os.devnull, 'w'))
         getattr(sys, name).reconfigure(errors='backslashreplace')
     previous = signal.getsignal(signal.SIGINT)
-    status = None
+    status, interrupted = None, False
     try:
         if previous == signal.SIG_DFL:                              # which the script sets for its imports
             signal.signal(signal.SIGINT, signal.default_int_handler)
         yield
         sys.stdout.flush()                                          # here what is refused is no traceback
-    except UserError as error:
-        status = f"error: {' '.join(str(error).split())}"
     except KeyboardInterrupt:
-        status = "error: interrupted"
+        interrupted = True
+    except UserError as error:
+        status = f"error: {in_one_line(error)}"
     except BrokenPipeError:                                         # as with `python sample.py | head`
         status = 1
     except Exception as error:
         remedy = FILE_ERRORS.get(system_errno(error))
         if remedy is None:
             raise
-        status = f"error: {' '.join(str(error).split())}: {remedy}"
+        status = f"error: {in_one_line(error)}: {remedy}"
     finally:
         signal.signal(signal.SIGINT, previous)
         try:
             sys.stdout.flush()
         except OSError:
             discard_output()                                        # or Python tries once more as it exits
+    if interrupted:
+        end_interrupted()
     if status:
         sys.exit(status)
+
+
+def end_interrupted() -> None:
+    """End this process with one line, as Ctrl-C ends any: at once, even where threads are still compiling."""
+    print("error: interrupted", file=sys.stderr, flush=True)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.raise_signal(signal.SIGINT)
+
+
+def in_one_line(error: Exception) -> str:
+    """What the error says, without line breaks."""
+    return ' '.join(str(error).split())
 
 
 def system_errno(error: Exception) -> int | None:

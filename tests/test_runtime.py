@@ -160,7 +160,6 @@ def status_of(error):
 
 @pytest.mark.parametrize('error, status', [
     (UserError("two\nlines"), 'error: two lines'),
-    (KeyboardInterrupt(), 'error: interrupted'),
     (BrokenPipeError(), 1),
     (OSError(errno.EROFS, 'Read-only', 'x.pt'),
      "error: [Errno 30] Read-only: 'x.pt': choose a folder that can be written to"),
@@ -177,6 +176,16 @@ def test_what_is_no_bug_ends_with_one_line(error, status):
 def test_a_bug_keeps_its_traceback(error):
     with pytest.raises(type(error)), one_line_errors():
         raise error
+
+
+def test_ctrl_c_ends_with_one_line_and_by_the_signal(monkeypatch, capsys):
+    """So that a shell knows, and no thread is waited for."""
+    raised = []
+    monkeypatch.setattr(signal, 'raise_signal', raised.append)
+    with one_line_errors():
+        raise KeyboardInterrupt
+    assert raised == [signal.SIGINT] and signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    assert capsys.readouterr().err == 'error: interrupted\n'
 
 
 @pytest.mark.parametrize('before, inside', [

@@ -235,7 +235,7 @@ def test_ctrl_c_during_the_imports(checkout, script):
 def test_ctrl_c_before_the_first_update(checkout, tmp_path, delay):
     """During the imports, as the data are read, in the first evaluation; a slow machine may be elsewhere."""
     status, output = interrupt(checkout, ['train.py', *LONG_RUN, f'--out_dir={tmp_path}/out'], delay)
-    assert status in (-signal.SIGINT, 0, 1) and is_quiet(output), output
+    assert status in (-signal.SIGINT, 0) and is_quiet(output), output
 
 
 @pytest.mark.slow
@@ -248,7 +248,7 @@ def test_ctrl_c_during_compilation(checkout, trained, tmp_path, monkeypatch, scr
         command = [script, *LONG_RUN, f'--out_dir={tmp_path}/out', '--compile=True']
     monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path / 'cache'))
     status, output = interrupt(checkout, command, delay)
-    assert status in (-signal.SIGINT, 0, 1) and is_quiet(output), output
+    assert status in (-signal.SIGINT, 0) and is_quiet(output), output
 
 
 @pytest.mark.parametrize('rank', ['0', '1'])
