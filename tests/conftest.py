@@ -1,4 +1,6 @@
 """What the tests share: a checkout with a data set, and ways to run its scripts. All offline, on the CPU."""
+import atexit
+import functools
 import json
 import os
 import shutil
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import Forked
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
@@ -100,25 +103,36 @@ def environment(**variables):
     return {**os.environ, 'OMP_NUM_THREADS': '1', **variables}
 
 
-def run_script(folder, *args, status=0, env=None, timeout=240, module=None):
-    """Run `python ARGS`, or `python -m module ARGS`, in folder as a user does.
+@functools.cache
+def forked():
+    """Where scripts run in forks, which spares each the seconds that its imports take."""
+    server = Forked(env=environment())
+    atexit.register(server.close)
+    return server
+
+
+def run_script(folder, *args, status=0, env=None, timeout=240, is_new=False):
+    """Run `python ARGS` in folder as a user does; in a new Python with is_new, variables or options.
 
     Returns its output, both streams. Fails if the exit status is not `status`, or after timeout seconds.
     """
-    command = [sys.executable]
-    if module:
-        command += ['-m', module]
-    command += [str(arg) for arg in args]
-    done = subprocess.run(command, cwd=folder, env=environment(**(env or {})), timeout=timeout,
-                          text=True, encoding='utf-8', stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert done.returncode == status, f"exit status {done.returncode}, not {status}:\n{done.stdout[-4000:]}"
-    return done.stdout
+    args = [str(arg) for arg in args]
+    if is_new or env or args[0].startswith('-'):
+        done = subprocess.run([sys.executable, *args], cwd=folder, env=environment(**(env or {})), text=True,
+                              encoding='utf-8', timeout=timeout, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT)
+        found, output = done.returncode, done.stdout
+    else:
+        forked().start(folder, args)
+        found, output = forked().finish(timeout)
+    assert found == status, f"exit status {found}, not {status}:\n{output[-4000:]}"
+    return output
 
 
 def torchrun(folder, n, *args, **options):
     """Run a script with n processes, as `torchrun --standalone --nproc_per_node=n` does."""
-    launcher = ['--standalone', f'--nproc_per_node={n}']
-    return run_script(folder, *launcher, *args, module='torch.distributed.run', **options)
+    launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}']
+    return run_script(folder, *launcher, *args, **options)
 
 
 def error_line(output):

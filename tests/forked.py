@@ -1,52 +1,88 @@
 """Run scripts one after another, each in a fork of a process that has imported the slow libraries already.
 
-    python tests/forked.py FOLDER
+    python tests/forked.py
 
-Reads a JSON list [script, argument, ...] from each line of stdin, runs it in FOLDER as `python script ...`
-would, and answers with a JSON list [exit status, output].
+Reads a JSON list [folder, [script, argument, ...]] from each line of stdin, runs it in the folder as
+`python script ...` would, and answers with two lines: the process id at once, and at its end a JSON list
+[exit status, output]. The repository's own modules are imported anew each time. Forked is the other side.
 """
 import json
 import os
 import runpy
+import select
+import signal
+import subprocess
 import sys
 import tempfile
 
-import matplotlib.figure  # noqa: F401  these are what a script would wait for
-import tiktoken  # noqa: F401
-import torch
-import torch._dynamo  # noqa: F401
-import transformers.models.gpt2  # noqa: F401
 
-folder = sys.argv[1]
+class Forked:
+    """Such a process and what to ask of it. kwargs: of subprocess.Popen."""
+
+    def __init__(self, **kwargs):
+        self.server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, text=True,
+                                       stdout=subprocess.PIPE, start_new_session=True, **kwargs)
+
+    def start(self, folder, arguments):
+        """Start a script; returns its process id. finish() must follow."""
+        self.server.stdin.write(json.dumps([str(folder), [str(argument) for argument in arguments]]) + '\n')
+        self.server.stdin.flush()
+        return int(self.server.stdout.readline())
+
+    def finish(self, timeout=240):
+        """Wait for the script's end. Returns its exit status (-number of a signal) and its output."""
+        if not select.select([self.server.stdout], [], [], timeout)[0]:
+            os.killpg(self.server.pid, signal.SIGKILL)
+            raise TimeoutError(f"the script was not done after {timeout} seconds")
+        return json.loads(self.server.stdout.readline())
+
+    def close(self):
+        self.server.stdin.close()
+        self.server.wait()
 
 
-def run(arguments, output):
-    """Never returns: the child's part."""
-    os.dup2(output.fileno(), 1)
-    os.dup2(output.fileno(), 2)
+def run(folder, arguments, output):
+    """The child's part: never returns."""
+    null = os.open(os.devnull, os.O_RDONLY)
+    for source, target in ((null, 0), (output.fileno(), 1), (output.fileno(), 2)):
+        os.dup2(source, target)
     os.chdir(folder)
     sys.argv = arguments
-    sys.path[0] = folder
+    sys.path[0] = os.path.dirname(os.path.realpath(arguments[0]))
     status = 0
     try:
-        torch.set_num_threads(1)
         runpy.run_path(arguments[0], run_name='__main__')
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
         if isinstance(error.code, str):
-            print(error.code)
+            print(error.code, file=sys.stderr)
     except BaseException:
         sys.excepthook(*sys.exc_info())
         status = 1
     sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(status)
 
 
-for line in sys.stdin:
-    with tempfile.TemporaryFile('w+') as output:
-        pid = os.fork()
-        if pid == 0:
-            run(json.loads(line), output)
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        output.seek(0)
-        print(json.dumps([status, output.read()]), flush=True)
+def serve():
+    """The other processes' parent."""
+    import matplotlib.figure  # noqa: F401  these are what a script would wait for
+    import tiktoken  # noqa: F401
+    import torch
+    import torch._dynamo  # noqa: F401
+    import transformers.models.gpt2  # noqa: F401
+
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        with tempfile.TemporaryFile('w+', encoding='utf-8') as output:
+            pid = os.fork()
+            if pid == 0:
+                run(*json.loads(line), output)
+            print(pid, flush=True)
+            status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            output.seek(0)
+            print(json.dumps([status, output.read()]), flush=True)
+
+
+if __name__ == '__main__':
+    serve()

@@ -3,12 +3,11 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from conftest import REPO, environment, torchrun
+from forked import Forked
 
 from dataset import write_char_dataset
 
@@ -110,8 +109,7 @@ def hub(tmp_path_factory):
 @pytest.mark.slow
 def test_every_command_of_the_documents(folder, bpe_files, hub):
     env = bpe_files | hub
-    server = subprocess.Popen([sys.executable, REPO / 'tests/forked.py', folder], env=environment(**env),
-                              text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    server = Forked(env=environment(**env))
     run, skipped = [], []
     for command in commands():
         if reason_not_to_run(command):
@@ -124,13 +122,11 @@ def test_every_command_of_the_documents(folder, bpe_files, hub):
             torchrun(folder, 2, *options, *arguments[script:], *SMALL['train.py'], env=env)
         else:
             assert program == 'python', command
-            server.stdin.write(json.dumps(arguments + small(arguments)) + '\n')
-            server.stdin.flush()
-            status, output = json.loads(server.stdout.readline())
+            server.start(folder, arguments + small(arguments))
+            status, output = server.finish()
             assert status == 0, f"{command}\n{output[-3000:]}"
         run.append(command)
-    server.stdin.close()
-    server.wait()
+    server.close()
     assert len(run) > 30, run
     unused = [start for start in NOT_RUN if not any(command.startswith(start) for command in skipped)]
     assert not unused, f"NOT_RUN holds what no document says: {unused}"

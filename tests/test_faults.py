@@ -20,6 +20,7 @@ from conftest import (
     environment,
     error_line,
     evaluations,
+    forked,
     load_state,
     losses,
     read_metrics,
@@ -198,6 +199,16 @@ def test_two_processes_resume_to_the_bit(checkout, tmp_path):
 
 # crashes
 
+def wait_for_save(out_dir):
+    """Wait until last.pt is there, or another file takes its place."""
+    def identity():
+        return (out_dir / 'last.pt').stat().st_mtime_ns if (out_dir / 'last.pt').exists() else None
+    before, end = identity(), time.monotonic() + 60
+    while identity() == before:
+        assert time.monotonic() < end, f"no save in {out_dir}"
+        time.sleep(0.002)
+
+
 @pytest.mark.slow
 def test_twenty_kills(checkout, tmp_path):
     """kill -9 at random moments of a run that saves every other iteration: it ends as if left alone."""
@@ -208,14 +219,15 @@ def test_twenty_kills(checkout, tmp_path):
     rng = random.Random(0)
     for _ in range(20):
         init_from = 'resume' if (parts / 'last.pt').exists() else 'scratch'
-        process = start(checkout, *tiny(**options, init_from=init_from, out_dir=parts))
-        read_until(process, 'saved ')  # perhaps of what it resumed from
+        pid = forked().start(checkout, ['train.py', *tiny(**options, init_from=init_from, out_dir=parts)])
+        wait_for_save(parts)  # perhaps of what it resumed from
         before = time.monotonic()
-        read_until(process, 'saved ')
+        wait_for_save(parts)
         cycle = time.monotonic() - before
         time.sleep(rng.uniform(0, min(cycle, 0.5)))  # any moment between a save and the next
-        process.kill()
-        process.communicate()
+        os.kill(pid, signal.SIGKILL)
+        status, output = forked().finish()
+        assert status == -signal.SIGKILL, output
         reached = checkpoint.load(parts / 'last.pt')['iter_num']
         assert reached % 2 == 0
     assert 20 < reached < 300

@@ -113,7 +113,7 @@ def test_finetune_evaluate_and_resume(run_train, tmp_path, capsys):
     (dict(init_from='gpt2-huge'), 'folder'),
     (dict(init_from='bert'), 'gpt2-xl')])
 def test_mistakes_are_refused(run_train, tmp_path, monkeypatch, settings, words):
-    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     save_gpt2(tmp_path / 'hf')
     with pytest.raises(UserError, match=words):
         run_train(**dict(init_from=str(tmp_path / 'hf')) | settings)
