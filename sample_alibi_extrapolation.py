@@ -38,7 +38,8 @@ from runtime import UserError, derive_seed
 out_dir = ''                   # folders of runs, with or without --out_dir=; if empty, models are trained
 compare = ''                   # the folder of one more run
 dataset = ''                   # a folder of data/; if empty, the one that the models were trained on
-seeds = 1                      # so many models of each kind are trained, with seed, seed + 1, ...
+training = 'config/train_shakespeare_char_fast.py'  # the config of the models trained here
+seeds = 1                      # so many are trained of each kind, with seed, seed + 1, ...
 sliding_targets = 1536         # sampled targets of the sliding window
 recall = ''                    # text or random: does a model copy what it read some tokens before?
 alibi_scale = False            # ALiBi also with its slopes divided by the window's length in trained ones
@@ -422,10 +423,9 @@ def train_models():
     for i in range(seeds):
         for kind in ('alibi', 'rotary', 'learned'):
             folders.append(f'out-extrapolation/{kind}' + (f'-{i + 1}' if i > 0 else ''))
-            run_script('train.py', 'config/train_shakespeare_char_fast.py', f'--dataset={name}',
-                       f'--out_dir={folders[-1]}', f"--use_alibi={kind == 'alibi'}",
-                       f"--use_rope={kind == 'rotary'}", f'--seed={seed + i}', f'--device={device}',
-                       f'--dtype={dtype}', '--log_interval=100')
+            run_script('train.py', training, f'--dataset={name}', f'--out_dir={folders[-1]}',
+                       f"--use_alibi={kind == 'alibi'}", f"--use_rope={kind == 'rotary'}",
+                       f'--seed={seed + i}', f'--device={device}', f'--dtype={dtype}', '--log_interval=100')
     return folders
 
 

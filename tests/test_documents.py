@@ -39,6 +39,7 @@ SMALL = {
     'bench.py': [*SMALL_MODEL, '--blocks=1', '--steps=1', '--max_new_tokens=2', '--compile=False'],
     'export_hf.py': [],
 
+    'data/pycode_char/prepare.py': [],
     'data/mine/prepare.py': [],
     'sample_alibi_extrapolation.py': ['--sliding_targets=20', '--device=cpu'],
 }

@@ -3,6 +3,7 @@ import functools
 import hashlib
 import http.server
 import pickle
+import runpy
 import shutil
 import threading
 
@@ -27,13 +28,17 @@ def prepared_files(folder):
     return sorted(name for name in names if name != '.lock')
 
 
-def test_pydocs(checkout):
-    folder = checkout / 'data/pydocs_char'
+@pytest.mark.parametrize('name, size, words', [
+    ('pydocs_char', 300_000, 'The "assert" statement'),
+    ('pycode_char', 5_000_000, 'def namedtuple(typename, field_names')])
+def test_python_as_a_text(checkout, name, size, words):
+    folder = checkout / 'data' / name
+    run_script(checkout, folder / 'prepare.py')
     meta = pickle.loads((folder / 'meta.pkl').read_bytes())
-    train, val = (np.fromfile(folder / f'{name}.bin', dtype='<u2') for name in ('train', 'val'))
-    text = ''.join(meta['itos'][i] for i in [*train, *val])
-    assert len(train) == int(0.9 * len(text)) and len(text) > 300_000
-    assert 'The "assert" statement' in text
+    train, val = (np.fromfile(folder / f'{split}.bin', dtype='<u2') for split in ('train', 'val'))
+    text = ''.join(meta['itos'][i] for i in np.concatenate((train, val)).tolist())
+    assert len(train) == int(0.9 * len(text)) and len(text) > size
+    assert words in text
     assert meta['vocab_size'] == len(set(text)) == len(meta['stoi']) == len(meta['itos'])
     assert all(meta['stoi'][char] == i for i, char in meta['itos'].items())
 
@@ -115,7 +120,18 @@ def test_shakespeare_itself(fresh):
     assert train[:5].tolist() == [18, 47, 56, 57, 58]  # 'First'
 
 
-SCRIPTS = ['openwebtext', 'fineweb', 'pydocs_char', 'shakespeare_char', 'shakespeare']
+def test_modules_that_are_no_tests_and_ascii_in_an_order_of_their_own(tmp_path):
+    read_modules = runpy.run_path(str(REPO / 'data/pycode_char/prepare.py'))['read_modules']
+    kept = [f'a{i}.py' for i in range(9)] + ['package/b.py']
+    for name in [*kept, 'test/c.py', 'package/tests/d.py', 'site-packages/e.py', 'f.txt']:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / 'g.py').write_text('é', encoding='utf-8')
+    found = read_modules(tmp_path)
+    assert sorted(found) == kept and found != kept and found == read_modules(tmp_path)
+
+
+SCRIPTS = ['openwebtext', 'fineweb', 'pydocs_char', 'pycode_char', 'shakespeare_char', 'shakespeare']
 
 
 @pytest.mark.parametrize('name', SCRIPTS)

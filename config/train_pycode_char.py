@@ -1,0 +1,22 @@
+"""3.2M parameters on the source of Python's standard library, 256 characters at a time: for a CPU.
+
+    python data/pycode_char/prepare.py
+    python train.py config/train_pycode_char.py
+"""
+from pathlib import Path
+
+exec(Path(__file__).with_name('train_shakespeare_char_fast.py').read_text(encoding='utf-8'))
+
+out_dir = 'out-pycode-char'
+wandb_project = 'pycode-char'
+dataset = 'pycode_char'
+batch_size = 8
+block_size = 256
+n_layer = 4
+n_head = 4
+n_embd = 256
+
+max_iters = 1500
+lr_decay_iters = 1650
+warmup_iters = 50
+eval_interval = 500
