@@ -342,24 +342,6 @@ def print_sample(method, run, data):
     print('\n' + tok.decode(ids[:L]) + ' >>> ' + tok.decode(ids[L:]) + '\n---------------')
 
 
-def plot(results, path):
-    """Draw the loss by position, and the recall if it was measured. Without matplotlib: just a note."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print(f"no {path}: matplotlib is not installed")
-        return
-    draw = [plot_by_position, plot_recall] if recall else [plot_by_position]
-    figure = Figure(figsize=(7 * len(draw), 4.8), layout='constrained')
-    for panel, axes in zip(draw, figure.subplots(1, len(draw), squeeze=False)[0]):
-        panel(axes, results)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    with atomic_write(path) as file:
-        figure.savefig(file, format='png', dpi=120)
-    print(f"\nplot: {path}")
-
-
 def position_curve(result):
     """Means of the loss by stretch, and the standard errors of their changes since the last trained one."""
     stretches = result.by_position.unbind(1)                        # (G, n) each
@@ -368,8 +350,15 @@ def position_curve(result):
     return torch.tensor([losses.mean() for losses in stretches]), torch.tensor(errors)  # (M,) each
 
 
-def plot_by_position(axes, results):
-    """The loss by position of each result, with a band; dotted where not all of the text is seen."""
+def plot(results, path):
+    """Draw the loss by position with its band as a PNG. Without matplotlib: just a note."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(f"no {path}: matplotlib is not installed")
+        return
+    figure = Figure(figsize=(8, 5), layout='constrained')
+    axes = figure.subplots()
     for i, result in enumerate(results):
         name, L = result.method.name, result.method.trained_length
         means, errors = position_curve(result)                      # (M,) each
@@ -377,25 +366,18 @@ def plot_by_position(axes, results):
         n = L // result.stretch if result.method.ends else len(means)
         axes.plot(centers[:n], means[:n], f'C{i}.-', label=name)
         if n < len(means):
-            axes.plot(centers[n:], means[n:], f'C{i}:', lw=2, label=f'{name}: the last {L} tokens only')
+            axes.plot(centers[n:], means[n:], f'C{i}:', lw=2, label=f'{name}: only the last {L} tokens seen')
         axes.fill_between(centers, means - errors, means + errors, color=f'C{i}', alpha=0.25, lw=0)
     for L in {result.method.trained_length for result in results}:
         axes.axvline(L, color='gray', lw=1, ls='--')
         axes.annotate(' trained length', (L, 1), xycoords=('data', 'axes fraction'), va='top', color='gray')
     axes.set(xlabel='position in the text (tokens)', ylabel='loss (nats per token), lower is better',
              title='Reading on beyond the trained length')
-
-
-def plot_recall(axes, results):
-    """What a passage's repeat gains, by gap."""
-    for i, result in enumerate(results):
-        gaps = range(len(result.recall))
-        means, errors = zip(*[estimate(control - repeat) for repeat, control in result.recall.values()])
-        axes.errorbar(gaps, means, errors, fmt=f'C{i}o-', capsize=3, label=result.method.name)
-    axes.set_xticks(gaps, labels=[str(gap) for gap in results[0].recall])
-    axes.set(xlabel='tokens between a passage and its repeat',
-             ylabel='gain (nats per token), higher is better',
-             title='What it helps to have read a passage before')
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with atomic_write(path) as file:
+        figure.savefig(file, format='png', dpi=120)
+    print(f"\nplot: {path}")
 
 
 # ---------------------------------------------------------------------------------------------------------
