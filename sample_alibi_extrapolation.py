@@ -40,6 +40,7 @@ compare = ''                   # the folder of one more run
 dataset = ''                   # a folder of data/; if empty, the one that the models were trained on
 training = 'config/train_shakespeare_char_fast.py'  # the config of the models trained here
 seeds = 1                      # so many are trained of each kind, with seed, seed + 1, ...
+val_tokens = 2**17             # at most so many of the val split are read
 sliding_targets = 1536         # sampled targets of the sliding window
 recall = ''                    # text or random: does a model copy what it read some tokens before?
 alibi_scale = False            # ALiBi also with its slopes divided by the window's length in trained ones
@@ -51,14 +52,15 @@ setting_names = [name for name, value in list(globals().items())
                  if not name.startswith('_') and type(value) in (bool, int, float, str)]
 _skip_unknown = True           # a training config's other settings are passed over
 _plain_argument = 'out_dir'
-RANGES = {'sliding_targets': (2, math.inf), 'seed': (0, math.inf), 'seeds': (1, math.inf)}
+RANGES = {'sliding_targets': (2, math.inf), 'val_tokens': (1, math.inf), 'seed': (0, math.inf),
+          'seeds': (1, math.inf)}
 if __name__ == '__main__':
     exec(Path(__file__).resolve().with_name('configurator.py').read_text(encoding='utf-8'))
 
 FACTORS = (1, 1.5, 2, 4, 8)    # of the trained length: the windows
 GAPS = (0, 0.25, 0.5, 1, 2, 4, 7)  # of it: between a passage, which has a quarter of it, and its repeat
 POSITION_TARGETS = 2**13
-RECALL_ROWS = 256
+RECALL_TARGETS = 2**12
 BATCH_TOKENS = 2**14           # limits of a forward pass
 BATCH_LOGITS = 2**26
 LIMITS = """A model of 0.8M parameters shows whether a method breaks beyond its trained length. It can't show
@@ -232,11 +234,11 @@ def load_methods(folders, run):
 
 
 def load_val_split(state):
-    """The val split for a checkpoint's model, (N,) int64, and its folder. Raises UserError for a misfit."""
+    """The first val_tokens of a checkpoint's val split, (N,) int64, and their folder. Raises UserError."""
     name = dataset or state['config'].get('dataset', '')
     folder = Path('data') / name
     checkpoint.check_vocabulary(state, load_meta(folder), name)
-    data = torch.from_numpy(load_split(folder, 'val', 1).astype('int64'))
+    data = torch.from_numpy(load_split(folder, 'val', 1)[:val_tokens].astype('int64'))
     L, V = state['model_args']['block_size'], state['model_args']['vocab_size']
     if data.max() >= V:
         raise UserError(f"{folder}/val.bin has token {data.max()}, but the model's vocab_size is {V}")
@@ -253,12 +255,14 @@ def recall_tasks(data, L):
     """
     generator = torch.Generator().manual_seed(derive_seed(seed, runtime.SAMPLE))
 
+    n = max(2, L // 4)
+
     def draw_texts(T):
-        starts = torch.randint(len(data) - T, (RECALL_ROWS, 1), generator=generator)
+        starts = torch.randint(len(data) - T, (max(2, RECALL_TARGETS // n), 1), generator=generator)
         return data[starts + torch.arange(T)]                       # (R, T)
 
     gaps = [int(factor * L) for factor in GAPS if factor * L < len(data)]
-    texts, passages = draw_texts(gaps[-1]), draw_texts(max(2, L // 4))
+    texts, passages = draw_texts(gaps[-1]), draw_texts(n)
     if recall == 'random':
         ids = data.unique()
         passages = ids[torch.randint(len(ids), passages.shape, generator=generator)]
@@ -426,7 +430,7 @@ def extrapolate():
     if any(folder != data_folder for _, folder in splits):
         raise UserError("the models were trained on different data sets: choose one with --dataset")
     N = len(data)
-    print(f"val split of {data_folder}: {N:,} tokens")
+    print(f"val split of {data_folder}: {N:,} tokens" + (" (--val_tokens)" if N == val_tokens else ''))
     windows = [window_lengths(method.models[0].config, N) for method in methods]
     longest = max(length for _, length in windows)
     places = torch.linspace(longest, N - 1, min(sliding_targets, N - longest)).long()

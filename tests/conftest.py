@@ -106,7 +106,7 @@ def environment(**variables):
 @functools.cache
 def forked():
     """Where scripts run in forks, which spares each the seconds that its imports take."""
-    server = Forked(env=environment())
+    server = Forked(environment())
     atexit.register(server.close)
     return server
 

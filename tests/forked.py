@@ -9,36 +9,46 @@ Reads a JSON list [folder, [script, argument, ...]] from each line of stdin, run
 import json
 import os
 import runpy
-import select
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 
 
 class Forked:
-    """Such a process and what to ask of it. kwargs: of subprocess.Popen."""
+    """Such a process, with environment variables, and what to ask of it."""
 
-    def __init__(self, **kwargs):
-        self.server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, text=True,
-                                       stdout=subprocess.PIPE, start_new_session=True, **kwargs)
+    def __init__(self, env):
+        self.env = env
+        self.server = None
 
     def start(self, folder, arguments):
         """Start a script; returns its process id. finish() must follow."""
+        if self.server is None:
+            self.server = subprocess.Popen([sys.executable, __file__], env=self.env, start_new_session=True,
+                                           text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.server.stdin.write(json.dumps([str(folder), [str(argument) for argument in arguments]]) + '\n')
         self.server.stdin.flush()
         return int(self.server.stdout.readline())
 
     def finish(self, timeout=240):
         """Wait for the script's end. Returns its exit status (-number of a signal) and its output."""
-        if not select.select([self.server.stdout], [], [], timeout)[0]:
-            os.killpg(self.server.pid, signal.SIGKILL)
+        timer = threading.Timer(timeout, os.killpg, (self.server.pid, signal.SIGKILL))
+        timer.start()
+        answer = self.server.stdout.readline()
+        timer.cancel()
+        if not answer:
+            self.close()
             raise TimeoutError(f"the script was not done after {timeout} seconds")
-        return json.loads(self.server.stdout.readline())
+        return json.loads(answer)
 
     def close(self):
-        self.server.stdin.close()
-        self.server.wait()
+        """End the process, if there is one."""
+        if self.server is not None:
+            self.server.stdin.close()
+            self.server.wait()
+            self.server = None
 
 
 def run(folder, arguments, output):

@@ -110,7 +110,7 @@ def hub(tmp_path_factory):
 @pytest.mark.slow
 def test_every_command_of_the_documents(folder, bpe_files, hub):
     env = bpe_files | hub
-    server = Forked(env=environment(**env))
+    server = Forked(environment(**env))
     run, skipped = [], []
     for command in commands():
         if reason_not_to_run(command):

@@ -171,7 +171,8 @@ def test_the_script(checkout, trained):
 
 
 def test_a_learned_checkpoint_is_measured_at_1x(checkout, trained):
-    output = run_script(checkout, SCRIPT, trained / 'learned', '--sliding_targets=50')
+    output = run_script(checkout, SCRIPT, trained / 'learned', '--sliding_targets=50', '--val_tokens=300')
+    assert '300 tokens (--val_tokens)' in output and 'non-overlapping (299 targets)' in output
     assert [length for length, _ in rows(output)] == [32]
     assert 'no longer window is measured' in output
 
@@ -182,9 +183,10 @@ def test_several_folders(checkout, trained, tmp_path):
     for name, more in (('second', dict(seed=7)), ('other', dict(n_layer=1))):
         run_script(checkout, 'train.py', *arguments(**options | more, out_dir=tmp_path / name))
     folders = (trained / 'alibi', tmp_path / 'second')
-    alone = [rows(run_script(checkout, SCRIPT, folder)) for folder in folders]
+    short = ['--val_tokens=5000', '--sliding_targets=50']
+    alone = [rows(run_script(checkout, SCRIPT, folder, *short)) for folder in folders]
     output = run_script(checkout, SCRIPT, trained / 'alibi', tmp_path / 'second', tmp_path / 'other',
-                        '--alibi_scale=True', '--recall=random', '--sliding_targets=50')
+                        '--alibi_scale=True', '--recall=random', *short)
     table = rows(output)
     assert [W for W, _ in table] == [32, 48, 64, 128, 256, 48, 64, 128, 256] * 2
     for (W, loss), (_, first), (_, second) in zip(table, *alone):
@@ -193,7 +195,7 @@ def test_several_folders(checkout, trained, tmp_path):
     assert re.search(r'\n +224  +[\d.]+, [-\d.]+ ± [\d.]+ ', output)
 
     scaled = checkpoint.build_model(checkpoint.load(tmp_path / 'other/ckpt.pt'), alibi_scale=4.0).eval()
-    data = torch.from_numpy(np.fromfile(checkout / 'data/pydocs_char/val.bin', '<u2').astype('int64'))
+    data = torch.from_numpy(np.fromfile(checkout / 'data/pydocs_char/val.bin', '<u2')[:5000].astype('int64'))
     whole = script.whole_split_losses(scaled, runtime.set_up('cpu'), data, 128, Bar())
     assert table[-2] == (128, pytest.approx(whole.mean().item(), abs=1e-4))
 
