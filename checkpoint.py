@@ -179,11 +179,13 @@ def pretrained_meta(name: str) -> dict | None:
 def check_vocabulary(state: dict, meta: dict | None, dataset: str) -> None:
     """Raise UserError if a data set's ids mean something else to the checkpoint's model, or nothing."""
     path = Path('data') / dataset / 'val.bin'
+    before = state['config'].get('dataset', dataset)
+    hint = '' if before == dataset else f" (the checkpoint was trained with --dataset={before})"
     if not path.exists():                                           # as outside of the repository's root
-        raise UserError(missing(path))
+        raise UserError(missing(path) + hint)
     vocab_size = state['model_args']['vocab_size']
     if 'meta' in state and state['meta'] != meta:
-        raise UserError(f"data/{dataset} has another vocabulary than the checkpoint's training data")
+        raise UserError(f"data/{dataset} has another vocabulary than the checkpoint's training data{hint}")
     if meta and meta['vocab_size'] > vocab_size:
         raise UserError(f"data/{dataset} has {meta['vocab_size']} token ids, "
-                        f"but the checkpoint's model has {vocab_size}")
+                        f"but the checkpoint's model has {vocab_size}{hint}")

@@ -31,13 +31,13 @@ class ConfigError(Exception):
     """A mistake in a config file or on the command line: one line that says what is wrong."""
 
 
-def check_key(key: str, settings: dict) -> None:
-    """Raise ConfigError, with the nearest name, unless key is one of the settings."""
+def check_key(key: str, settings: dict, note: str = '') -> None:
+    """Raise ConfigError, with the nearest name and a note, unless key is one of the settings."""
     if key in settings:
         return
     near = difflib.get_close_matches(key, settings, n=1, cutoff=0.5)
     hint = f": did you mean {near[0]!r}?" if near else "; see --help"
-    raise ConfigError(f"unknown setting {key!r}{hint}")
+    raise ConfigError(f"unknown setting {key!r}{hint}{note}")
 
 
 def in_one_line(value: object) -> str:
@@ -55,6 +55,8 @@ def check_type(key: str, value: object, default: Setting) -> Setting:
         raise ConfigError(f"{key} takes a number of at most 64 bits")
     if wanted is float and type(value) in (int, float) and -1e308 < value < 1e308:
         return float(value)
+    if wanted is int and type(value) is float and value.is_integer() and abs(value) < 2**63:
+        return int(value)                                           # such as 0.1 * max_iters in a file
     if wanted is not float and type(value) is wanted:
         return value
     if default == 'auto' and isinstance(value, bool):
@@ -107,7 +109,7 @@ def run_config_file(path: str, settings: dict, defaults: dict, skip_unknown: boo
     unknown = [key for key, value in names.items() if key not in settings and key not in imported
                and not key.startswith('_') and not callable(value)]
     if unknown and not skip_unknown:
-        check_key(unknown[0], settings)
+        check_key(unknown[0], settings, " (a variable of the config file's own begins with _)")
     if unknown:
         print(f"{path}: skipping {', '.join(unknown)}: this script has no such settings", file=sys.stderr)
     return {key: check_type(key, names.get(key), defaults[key]) for key in settings}

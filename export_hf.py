@@ -47,6 +47,9 @@ if __name__ == '__main__':
     exec(Path(__file__).resolve().with_name('configurator.py').read_text(encoding='utf-8'))
 
 
+EXPORTED = {*checkpoint.NANOGPT_ARGS, 'gelu', 'use_alibi', 'alibi_scale'}  # a model with more can't be
+
+
 def to_gpt2(model, end_id):
     """The model as transformers' GPT2LMHeadModel."""
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -88,6 +91,17 @@ def to_mpt(model, end_id):
         no_bias=True, bos_token_id=end_id, eos_token_id=end_id))
     peer.load_state_dict({mpt_name(key): value for key, value in model.state_dict().items()})
     return peer
+
+
+@torch.no_grad()
+def check_equal(model, peer):
+    """Raise UserError unless both compute the same logits, as where model.py has got a new idea."""
+    ids = torch.arange(min(8, model.config.block_size))[None] % model.config.vocab_size  # (1, T)
+    ours, theirs = model(ids, ids)[0], peer.eval()(ids).logits      # (1, T, V)
+    error = (ours - theirs).abs().max() / ours.abs().max()
+    if not error < 1e-3:
+        raise UserError(f"{type(peer).__name__} computes other logits than this model, off by {error:.1%}: "
+                        "nothing was written")
 
 
 def char_tokenizer(meta):
@@ -160,8 +174,13 @@ def export():
     if model.config.use_rope:
         raise UserError("a model with rotary positions can't be exported: GPT-2 has learned ones and MPT "
                         "has ALiBi")
+    unknown = checkpoint.model_args(model.config).keys() - EXPORTED
+    if unknown:
+        raise UserError(f"a model with {', '.join(sorted(unknown))} can't be exported: neither GPT-2 nor MPT "
+                        "computes it")
     convert = to_mpt if model.config.use_alibi else to_gpt2
     peer = convert(model, end_id)
+    check_equal(model, peer)
     temporary = target.with_name(target.name + '.tmp')
     shutil.rmtree(temporary, ignore_errors=True)
     try:

@@ -513,8 +513,8 @@ class GPT(nn.Module):
             muon = dict(lr=muon_learning_rate, lr_ratio=muon_learning_rate / learning_rate,
                         momentum=muon_momentum, weight_decay=weight_decay)
             q_k_v = [block.attn.c_attn.weight for block in self.transformer.h]
-            others = [matrix for block in self.transformer.h for matrix in
-                      (block.attn.c_proj.weight, block.mlp.c_fc.weight, block.mlp.c_proj.weight)]
+            others = [p for name, p in self.transformer.h.named_parameters()
+                      if p.dim() == 2 and not name.endswith('.attn.c_attn.weight')]
             groups = [dict(muon, params=q_k_v, stacked=3), dict(muon, params=others, stacked=1)]
             taken = set(q_k_v + others)
             params = [p for p in params if p not in taken]

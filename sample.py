@@ -61,9 +61,9 @@ def check_settings():
 
 def load_model():
     """The model in eval mode, its tokenizer, and a name for it."""
-    if init_from != 'resume':
+    if init_from != 'resume' and not rundir.has_state(init_from):
         return checkpoint.pretrained(init_from), tokenizer(checkpoint.pretrained_meta(init_from)), init_from
-    model, state, path = rundir.load_for_sampling(out_dir)
+    model, state, path = rundir.load_for_sampling(out_dir if init_from == 'resume' else init_from)
     return model, tokenizer(checkpoint.data_meta(state)), f"{path}, iteration {state.get('iter_num')}"
 
 

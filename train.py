@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 
@@ -95,7 +96,8 @@ setting_names = [name for name, value in list(globals().items())
 if __name__ == '__main__':
     exec(Path(__file__).resolve().with_name('configurator.py').read_text(encoding='utf-8'))
 
-MODEL_SIZES = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'use_alibi', 'use_rope')  # kept on resume
+MODEL_SETTINGS = [field.name for field in fields(GPTConfig)    # what a resumed run takes from its checkpoint
+                  if field.name in setting_names and field.name != 'dropout']
 RANGES = {                     # of settings: the lowest value, and what the value must be below
     'eval_interval': (1, math.inf), 'log_interval': (1, math.inf), 'eval_iters': (1, math.inf),
     'gradient_accumulation_steps': (1, math.inf), 'batch_size': (1, math.inf), 'dropout': (0, 1),
@@ -130,7 +132,7 @@ def check_init_from():
     if is_checkpoint_file(init_from):
         if source.parent != own_folder:
             raise UserError(f"init_from={init_from} is not in out_dir={out_dir}: a run can go back only to a "
-                            "state of its own")
+                            f"state of its own, but start with the weights of --init_from={source.parent}")
     elif rundir.has_state(init_from):
         if source == own_folder:
             raise UserError(f"init_from={init_from} is out_dir itself: use --init_from=resume to go on with "
@@ -138,10 +140,16 @@ def check_init_from():
     elif not init_from.startswith('gpt2') and not source.is_dir():
         raise UserError("init_from must be scratch, resume, auto, gpt2, gpt2-medium, gpt2-large, gpt2-xl, "
                         f"a folder or a checkpoint, got {init_from!r}")
-    elif use_alibi or use_rope:
-        name = 'use_alibi' if use_alibi else 'use_rope'
-        raise UserError(f"{name}=True can't start from GPT-2's weights: they were trained with position "
-                        "embeddings")
+    else:
+        check_switches({}, "GPT-2's weights: they were trained with position embeddings")
+
+
+def check_switches(model_args, source):
+    """Raise UserError for a switch of the model that is on, but not in the weights to start from."""
+    for name in MODEL_SETTINGS:
+        value, default = globals()[name], getattr(GPTConfig, name)
+        if name not in checkpoint.NANOGPT_ARGS and value not in (default, model_args.get(name, default)):
+            raise UserError(f"{name}={value} can't start from {source}, without {name}")
 
 
 def cosine_lr(step, peak, floor, warmup, total):
@@ -190,12 +198,12 @@ def launch_id():
 
 
 def start_from_scratch(meta, run):
-    """A GPT with the settings' sizes, and weights drawn from the seed."""
+    """A GPT as the settings say, with weights drawn from the seed."""
     vocab_size = meta['vocab_size'] if meta else 50304  # GPT-2's 50257, padded for speed
     torch.manual_seed(derive_seed(seed, runtime.INIT))
     try:
-        return GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias, use_alibi,
-                             use_rope)), {}
+        return GPT(GPTConfig(vocab_size=vocab_size, dropout=dropout,
+                             **{name: globals()[name] for name in MODEL_SETTINGS})), {}
     except ValueError as error:
         raise UserError(error) from error
 
@@ -209,9 +217,9 @@ def resume(meta, run):
         raise UserError(f"{path} has {iter_num} iterations behind it, more than max_iters={max_iters}: "
                         "there is nothing to do")
     run.print(f"resuming from {path} at iteration {iter_num}")
-    sizes = saved_sizes(state)
-    cropped = {'block_size'} if block_size < sizes['block_size'] else set()
-    print_differences(run, {**state['config'], **sizes}, kept=set(MODEL_SIZES) - cropped)
+    saved = saved_model_settings(state)
+    cropped = {'block_size'} if block_size < saved['block_size'] else set()
+    print_differences(run, {**state['config'], **saved}, kept=set(MODEL_SETTINGS) - cropped)
     return checkpoint.build_model(state, dropout=dropout), state
 
 
@@ -229,27 +237,28 @@ def start_from_weights(meta, run):
     path = rundir.find(init_from, rundir.SAMPLE)
     state = checkpoint.load(path)
     checkpoint.check_vocabulary(state, meta, dataset)
-    sizes = saved_sizes(state)
+    check_switches(state['model_args'], f"{path}: its weights were trained with other settings")
+    saved = saved_model_settings(state)
     run.print(f"starting with the weights of {path}")
-    print_differences(run, sizes, kept=set(MODEL_SIZES) - {'block_size'})
-    if sizes['use_alibi'] or sizes['use_rope']:
+    print_differences(run, saved, kept=set(MODEL_SETTINGS) - {'block_size'})
+    if saved['use_alibi'] or saved['use_rope']:
         return checkpoint.build_model(state, dropout=dropout, block_size=block_size), {}
-    if block_size > sizes['block_size']:
-        raise UserError(f"{path} has position embeddings for block_size={sizes['block_size']}, not for "
-                        f"{block_size}: use --block_size={sizes['block_size']} or less, or train with ALiBi")
+    if block_size > saved['block_size']:
+        raise UserError(f"{path} has position embeddings for block_size={saved['block_size']}, not for "
+                        f"{block_size}: use --block_size={saved['block_size']} or less, or train with ALiBi")
     return checkpoint.build_model(state, dropout=dropout), {}
 
 
-def saved_sizes(state):
-    """The settings in MODEL_SIZES that a checkpoint's model has."""
-    return {key: state['model_args'].get(key, False) for key in MODEL_SIZES}  # nanoGPT lacks some
+def saved_model_settings(state):
+    """The MODEL_SETTINGS of a checkpoint's model, which names those alone that aren't at their default."""
+    return {name: state['model_args'].get(name, getattr(GPTConfig, name)) for name in MODEL_SETTINGS}
 
 
 def print_differences(run, saved, kept):
     """Print each setting that differs from the saved one, which counts for those in `kept`."""
     for key, old in saved.items():
         new = globals()[key] if key in setting_names else old
-        if old != new and key != 'init_from':
+        if old != new and key not in ('init_from', 'out_dir', 'device', 'backend', 'timeout', 'log_interval'):
             note = ": the checkpoint's is used" if key in kept else ''
             run.print(f"{key}: {old!r} in the checkpoint, {new!r} now{note}")
 
@@ -490,7 +499,7 @@ def train():
         best_val_loss = float(saved.get('best_val_loss', math.inf))
         wandb_id = saved.get('wandb_id') or os.urandom(4).hex()     # a resumed run continues the same one
         config = {name: globals()[name] for name in setting_names}
-        config |= {key: getattr(raw_model.config, key) for key in MODEL_SIZES}
+        config |= {key: getattr(raw_model.config, key) for key in MODEL_SETTINGS}
         del saved                                                   # and its memory
 
         # what it does again and again

@@ -74,6 +74,7 @@ def test_bad_arguments_name_what_is_wrong(arguments, words):
     ('from pathlib import Path\nmax_iters = len(Path(__file__).name)', {'max_iters': 4}),
     ('learning_rate = 1 / max_iters', {'learning_rate': 0.01}),
     ('learning_rate = 1', {'learning_rate': 1.0}),
+    ('max_iters = 0.1 * 50', {'max_iters': 5}),
     ('compile = False', {'compile': False}),
     ('print = 3; del print', {}),
 ])
@@ -88,6 +89,8 @@ def test_good_config_files(tmp_path, text, expected):
     ('max_iter = 7', ['max_iter', "'max_iters'"]),
     ('max_iters = "7"', ['max_iters', "'7'", 'int']),
     ('max_iters = None', ['max_iters', 'None', 'int']),
+    ('max_iters = 0.5', ['max_iters', '0.5', 'int']),
+    ('tokens = 5', ['tokens', 'begins with _']),
     ('out_dir = 5', ['out_dir', '5', 'str']),
     ('bias = 1', ['bias', '1', 'bool']),
     ('del bias', ['bias']),

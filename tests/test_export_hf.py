@@ -1,4 +1,5 @@
 """Exported folders, opened with transformers as a user does, against the models they come from."""
+import dataclasses
 import json
 
 import pytest
@@ -8,8 +9,10 @@ from test_checkpoint import make_state
 from test_model import all_logits, random_ids, small
 
 import checkpoint
+import export_hf
 import rundir
-from model import GPT
+from model import GPT, GPTConfig
+from runtime import UserError
 
 META = {'vocab_size': 23, 'stoi': {char: i for i, char in enumerate('\n abcdefghijklmnopqrst“')},
         'itos': dict(enumerate('\n abcdefghijklmnopqrst“'))}
@@ -118,6 +121,22 @@ def test_what_transformers_has_no_equal_of_is_refused(checkout, tmp_path, option
     line = error_line(export(checkout, tmp_path, small(**options), status=1))
     assert all(word in line for word in words)
     assert not list(tmp_path.glob('hf*'))
+
+
+def test_a_model_that_computes_something_else_is_refused():
+    """As when model.py has got a new idea that no switch tells of."""
+    model = small(bias=False, use_alibi=True)
+    peer = export_hf.to_mpt(model, None)
+    export_hf.check_equal(model, peer)
+    model.transformer.h[0].mlp.register_forward_hook(lambda module, args, output: 1.1 * output)
+    with pytest.raises(UserError, match='MptForCausalLM computes other logits than this model, off by'):
+        export_hf.check_equal(model, peer)
+
+
+def test_every_switch_of_the_model_is_exported_or_refused():
+    """A new one is refused until export_hf.py knows it."""
+    names = {field.name for field in dataclasses.fields(GPTConfig)}
+    assert names - export_hf.EXPORTED == {'use_rope'}
 
 
 def test_other_folders_are_left_alone(checkout, tmp_path):

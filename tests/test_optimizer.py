@@ -295,6 +295,15 @@ def test_configure_optimizers_gives_muon_the_matrices_of_the_blocks():
         model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu', 'sgd')
 
 
+def test_muon_takes_a_matrix_that_was_added_to_a_block():
+    model = GPT(GPTConfig(block_size=8, vocab_size=16, n_layer=2, n_head=2, n_embd=8))
+    model.transformer.h[1].attn.gate = torch.nn.Linear(8, 8)
+    groups = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu', 'muon').param_groups
+    muon = {id(p) for group in groups if 'momentum' in group for p in group['params']}
+    assert id(model.transformer.h[1].attn.gate.weight) in muon and len(muon) == 9
+    assert id(model.transformer.h[1].attn.gate.bias) not in muon
+
+
 def test_a_gpt_learns_a_sequence_by_heart():
     torch.manual_seed(0)
     model = GPT(GPTConfig(16, 40, 2, 2, 16))

@@ -69,7 +69,7 @@ def test_going_back_to_a_kept_state(run_train):
     again = load_state(out_dir)['model']
     assert all((first[key] == again[key]).all() for key in first)
     assert [r['iter'] for r in read_metrics(out_dir) if 'val_loss' in r] == [0, 5, 10, 15, 20]
-    with pytest.raises(UserError, match='is not in out_dir'):
+    with pytest.raises(UserError, match=f'is not in out_dir.*--init_from={out_dir}$'):
         run_train('other', init_from=str(out_dir / 'iter-000015.pt'))
 
 
@@ -119,8 +119,13 @@ def test_a_folder_that_is_no_start(run_train, checkout):
     folder = checkout / 'data/otherwise'
     folder.mkdir(exist_ok=True)
     write_char_dataset(folder, 'abcdefg ' * 400)
-    with pytest.raises(UserError, match='data/otherwise has another vocabulary'):
+    hint = r'\(the checkpoint was trained with --dataset=pydocs_char\)'
+    with pytest.raises(UserError, match=f'data/otherwise has another vocabulary.*{hint}'):
         run_train('new', init_from=str(source), dataset='otherwise')
+    with pytest.raises(UserError, match=f'no data/nowhere/val.bin.*{hint}'):
+        run_train('new', init_from=str(source), dataset='nowhere')
+    with pytest.raises(UserError, match="use_alibi=True can't start from .*, without use_alibi"):
+        run_train('new', init_from=str(source), use_alibi=True)
 
 
 def test_other_data_is_refused_unless_allowed(run_train, checkout):

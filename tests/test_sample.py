@@ -23,6 +23,12 @@ def sample(checkout, out_dir, *options, **settings):
     return run_script(checkout, 'sample.py', *arguments(out_dir=out_dir, **settings), *options)
 
 
+def test_init_from_takes_a_run_too(checkout, trained):
+    output = run_script(checkout, 'sample.py', f'--init_from={trained}', '--num_samples=2',
+                        '--max_new_tokens=40', '--device=cpu')
+    assert texts(output) == texts(sample(checkout, trained))
+
+
 def texts(output):
     """The samples that sample.py printed."""
     return output.split('\n', 1)[1].split('\n---------------\n')[:-1]

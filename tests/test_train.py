@@ -407,8 +407,8 @@ def test_each_config_is_good_and_documented(config):
     is_nanogpts = config == 'train_gpt2.py'
     assert settings['out_dir'] != 'out' or settings['eval_only'] or is_nanogpts
     text = path.read_text()
-    assert f'config/{config}' in text
-    assert 'easured' in text
+    assert f'config/{config}' in text, "its docstring lacks the command"
+    assert 'easured' in text, "its docstring doesn't say what was measured, or 'not measured'"
 
 
 # wandb
