@@ -20,7 +20,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -371,9 +371,10 @@ def choose_job(run: runtime.Runtime) -> Job:
         meta = load_meta(folder)
         default = 65 if 'char' in folder.name else 50304
         n_ids = meta['vocab_size'] if meta else default
+    switches = {field.name: globals()[field.name] for field in fields(GPTConfig)
+                if field.name in setting_names and field.name not in (*sizes, 'vocab_size')}
     try:
-        config = GPTConfig(vocab_size=n_ids, dropout=dropout, bias=bias, use_alibi=use_alibi,
-                           use_rope=use_rope, **sizes)
+        config = GPTConfig(vocab_size=n_ids, **sizes, **switches)
     except ValueError as error:
         raise UserError(error) from error
     if real_data:
