@@ -35,7 +35,7 @@ def check_key(key: str, settings: dict, note: str = '') -> None:
     """Raise ConfigError, with the nearest name and a note, unless key is one of the settings."""
     if key in settings:
         return
-    near = difflib.get_close_matches(key, settings, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(key, settings, n=1, cutoff=0.6)
     hint = f": did you mean {near[0]!r}?" if near else "; see --help"
     raise ConfigError(f"unknown setting {key!r}{hint}{note}")
 
@@ -145,7 +145,8 @@ def configure(arguments: list[str], defaults: dict, skip_unknown: bool = False,
 
 def help_text(source: str, settings: dict) -> str:
     """The script's docstring, and its settings with their defaults and the comments behind them."""
-    comments = dict(re.findall(r'^(\w+) *=[^#\n]*# *(.*)$', source, flags=re.MULTILINE))
+    found = re.findall(r'^(\w+) *=[^#\n]*# *(.*(?:\n {10,}# .*)*)$', source, flags=re.MULTILINE)
+    comments = {key: re.sub(r'\n +# ', '\n' + 45 * ' ', text) for key, text in found}
     lines = [ast.get_docstring(ast.parse(source)), '', "Settings, with their defaults:"]
     for key, value in settings.items():
         option = f"  --{key}={value!r}"

@@ -542,7 +542,8 @@ def gpt2_sizes(name: str) -> dict:
                     scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True)
     for key, value in expected.items():
         if getattr(theirs, key) not in (value, None):
-            raise ValueError(f"{name} has {key}={getattr(theirs, key)}, but a GPT here has {value}")
+            hint = " (of an export with ALiBi, use the run's out_dir)" if theirs.model_type == 'mpt' else ''
+            raise ValueError(f"{name} has {key}={getattr(theirs, key)}, but a GPT here has {value}{hint}")
     activations = dict(gelu_new='tanh', gelu_pytorch_tanh='tanh', gelu='erf')
     if theirs.activation_function not in activations:
         raise ValueError(f"{name} has activation_function={theirs.activation_function}, "

@@ -32,6 +32,8 @@ def lock(out_dir: str | Path) -> Iterator[None]:
     """Make out_dir, and keep other runs out of it in this context. Raises UserError if one is in it."""
     try:
         Path(out_dir).mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise UserError(f"can't write to {out_dir}: it is a file, choose another --out_dir") from error
     except OSError as error:
         raise UserError(f"can't write to {out_dir}: {error}") from error
     with locked(out_dir, f"another run is writing to {out_dir}: stop it, or choose another --out_dir"):
@@ -78,7 +80,8 @@ def find(out_dir: str | Path, names: Iterable[str]) -> Path:
     for name in names:
         if (Path(out_dir) / name).exists():
             return Path(out_dir) / name
-    raise UserError(f"no {' or '.join(names)} in {out_dir}: train a model with --out_dir={out_dir} first")
+    raise UserError(f"no {' or '.join(names)} in the folder {out_dir}: train a model with "
+                    f"--out_dir={out_dir} first")
 
 
 # ---------------------------------------------------------------------------------------------------------

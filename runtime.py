@@ -371,7 +371,8 @@ def processes(device: str = 'auto', dtype: str = 'auto', compile: bool | str = '
             raise UserError(f"a process has not answered for timeout={timeout} seconds: "
                             f"{first_sentence(error)}") from error
         if 'connection' in text:
-            raise UserError(f"another process has gone: {first_sentence(error)}") from error
+            raise UserError(f"another process has gone: {first_sentence(error)}. What it said is above, if "
+                            "anything; go on with --init_from=resume") from error
         raise
     finally:
         dist.destroy_process_group()

@@ -39,16 +39,17 @@ from runtime import UserError, derive_seed
 # settings: those of GPT-2 (124M) on OpenWebText. Override them with config files and --key=value
 # input and output
 out_dir = 'out'                # where the run's files go
-eval_interval = 2000           # evaluate, and save a checkpoint, every so many iterations
-log_interval = 1               # print the loss every so many iterations
+eval_interval = 2000           # evaluate, and save a checkpoint, every N iterations
+log_interval = 1               # print the loss every N iterations
 eval_iters = 200               # batches of each split in an evaluation
 eval_only = False              # evaluate once, then stop
 always_save_checkpoint = True  # ckpt.pt at every evaluation, not just when the val loss improved
-save_interval = 0              # save last.pt every so many iterations as well; 0: at evaluations only
-keep_checkpoints = 0           # keep the states of so many of the newest evaluations, as iter-000500.pt
+save_interval = 0              # save last.pt every N iterations as well; 0: at evaluations only
+keep_checkpoints = 0           # keep the states of the last N evaluations, as iter-000500.pt
 init_from = 'scratch'          # scratch, resume, auto (resume if there is a run, else scratch), gpt2,
-                               # gpt2-medium, gpt2-large, gpt2-xl, a GPT-2's folder, or out_dir's iter-N.pt
-allow_new_data = False         # resume though the data set has changed
+                               # gpt2-medium, gpt2-large, gpt2-xl, the folder of a run or of a GPT-2 that
+                               # transformers saved, or out_dir's iter-N.pt
+allow_new_data = False         # resume even if the data set has changed
 # wandb
 wandb_log = False              # log to Weights & Biases as well
 wandb_project = 'owt'          # under this project
@@ -141,7 +142,7 @@ def check_init_from():
         raise UserError("init_from must be scratch, resume, auto, gpt2, gpt2-medium, gpt2-large, gpt2-xl, "
                         f"a folder or a checkpoint, got {init_from!r}")
     else:
-        check_switches({}, "GPT-2's weights: they were trained with position embeddings")
+        check_switches({}, "GPT-2's weights with their position embeddings")
 
 
 def check_switches(model_args, source):
@@ -149,7 +150,8 @@ def check_switches(model_args, source):
     for name in MODEL_SETTINGS:
         value, default = globals()[name], getattr(GPTConfig, name)
         if name not in checkpoint.NANOGPT_ARGS and value not in (default, model_args.get(name, default)):
-            raise UserError(f"{name}={value} can't start from {source}, without {name}")
+            raise UserError(f"{name}={value} can't go on from {source}, trained without it: use "
+                            f"--{name}={default}, or start from something else")
 
 
 def cosine_lr(step, peak, floor, warmup, total):
@@ -215,10 +217,12 @@ def resume(meta, run):
     checkpoint.check_vocabulary(state, meta, dataset)
     if iter_num > max_iters and not eval_only:
         raise UserError(f"{path} has {iter_num} iterations behind it, more than max_iters={max_iters}: "
-                        "there is nothing to do")
+                        "there is nothing to do unless you raise that")
     run.print(f"resuming from {path} at iteration {iter_num}")
     saved = saved_model_settings(state)
     cropped = {'block_size'} if block_size < saved['block_size'] else set()
+    if init_from == 'auto':                                         # it may be another run's folder
+        check_switches(state['model_args'], path)
     print_differences(run, {**state['config'], **saved}, kept=set(MODEL_SETTINGS) - cropped)
     return checkpoint.build_model(state, dropout=dropout), state
 
@@ -237,7 +241,7 @@ def start_from_weights(meta, run):
     path = rundir.find(init_from, rundir.SAMPLE)
     state = checkpoint.load(path)
     checkpoint.check_vocabulary(state, meta, dataset)
-    check_switches(state['model_args'], f"{path}: its weights were trained with other settings")
+    check_switches(state['model_args'], path)
     saved = saved_model_settings(state)
     run.print(f"starting with the weights of {path}")
     print_differences(run, saved, kept=set(MODEL_SETTINGS) - {'block_size'})
@@ -245,7 +249,8 @@ def start_from_weights(meta, run):
         return checkpoint.build_model(state, dropout=dropout, block_size=block_size), {}
     if block_size > saved['block_size']:
         raise UserError(f"{path} has position embeddings for block_size={saved['block_size']}, not for "
-                        f"{block_size}: use --block_size={saved['block_size']} or less, or train with ALiBi")
+                        f"{block_size}: use --block_size={saved['block_size']} or less; with ALiBi or rotary "
+                        "positions there is no such end")
     return checkpoint.build_model(state, dropout=dropout), {}
 
 

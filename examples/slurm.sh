@@ -38,13 +38,10 @@ srun=$!
 
 # srun passes SIGUSR1 on to all nodes; SIGTERM would make it kill them
 trap 'stopping=yes; kill -USR1 $srun' USR1
+while kill -0 $srun 2>/dev/null; do wait $srun; done    # each signal interrupts a wait
 wait $srun
 status=$?
-if [ "${stopping:-}" ]; then                    # the signal has interrupted the wait
-    wait $srun
-    status=$?
-    if [ $status != 0 ]; then                   # 0: it was done anyway. torchrun returns 1 after a stop
-        exec scontrol requeue "$SLURM_JOB_ID"
-    fi
+if [ "${stopping:-}" ] && [ $status != 0 ]; then        # 0: it was done anyway. torchrun returns 1 after a stop
+    exec scontrol requeue "$SLURM_JOB_ID"
 fi
 exit $status

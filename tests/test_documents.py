@@ -6,13 +6,13 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import REPO, environment, torchrun
+from conftest import REPO, environment, run_script, torchrun
 from forked import Forked
 
 from dataset import write_char_dataset
 
 DOCUMENTS = ['README.md', 'CONTRIBUTING.md', 'docs/robustness.md', 'docs/alibi.md', 'docs/performance.md']
-COMMAND = re.compile(r'(python|torchrun|\.venv/bin/python) .*\.py|(pip|make|bash|sbatch) .')
+COMMAND = re.compile(r'(python|torchrun|\.venv/bin/python) .*\.py|python -c .|(pip|make|bash|sbatch) .')
 
 # what is not run here, by how it begins, and why
 NOT_RUN = {
@@ -121,6 +121,8 @@ def test_every_command_of_the_documents(folder, bpe_files, hub):
             script = next(i for i, argument in enumerate(arguments) if argument.endswith('.py'))
             options = [option for option in arguments[:script] if option.startswith('--max-restarts')]
             torchrun(folder, 2, *options, *arguments[script:], *SMALL['train.py'], env=env)
+        elif arguments[0] == '-c':
+            run_script(folder, *arguments, env=env)
         else:
             assert program == 'python', command
             server.start(folder, arguments + small(arguments))

@@ -30,6 +30,8 @@ def test_auto_starts_a_run_and_goes_on_with_it(run_train, capsys):
     parts = run_train('parts', init_from='auto')
     assert 'resuming from' in capsys.readouterr().out
     assert same_weights(whole, parts) and not (parts / 'previous').exists()
+    with pytest.raises(UserError, match="use_rope=True can't go on from .*/last.pt, trained without it"):
+        run_train('parts', init_from='auto', use_rope=True)
 
 
 def test_the_same_scratch_command_three_times_deletes_nothing(run_train):
@@ -124,7 +126,7 @@ def test_a_folder_that_is_no_start(run_train, checkout):
         run_train('new', init_from=str(source), dataset='otherwise')
     with pytest.raises(UserError, match=f'no data/nowhere/val.bin.*{hint}'):
         run_train('new', init_from=str(source), dataset='nowhere')
-    with pytest.raises(UserError, match="use_alibi=True can't start from .*, without use_alibi"):
+    with pytest.raises(UserError, match="use_alibi=True can't go on from .*/ckpt.pt, trained without it"):
         run_train('new', init_from=str(source), use_alibi=True)
 
 

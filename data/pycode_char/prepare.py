@@ -5,6 +5,7 @@
 Writes train.bin (some 10 million tokens), val.bin (1.1 million) and meta.pkl into this folder: the modules
 that are ASCII, without their tests, in a random order. The text differs between Python versions.
 """
+import argparse
 import random
 import signal
 import sys
@@ -30,5 +31,8 @@ def read_modules(folder: Path) -> list[str]:
 
 
 if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()                                             # it takes none
     with one_line_errors():
         write_char_dataset(here, '\n'.join(read_modules(Path(sysconfig.get_path('stdlib')))))

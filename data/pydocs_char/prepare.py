@@ -4,6 +4,7 @@
 
 Writes train.bin, val.bin and meta.pkl into this folder. The text differs a little between Python versions.
 """
+import argparse
 import signal
 import sys
 from pathlib import Path
@@ -17,5 +18,8 @@ from dataset import write_char_dataset
 from runtime import one_line_errors
 
 if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()                                             # it takes none
     with one_line_errors():
         write_char_dataset(here, '\n'.join(topics[name] for name in sorted(topics)))

@@ -54,7 +54,7 @@ def read_text(input_file: str | None = None, url: str = URL, timeout: float = 60
 
     Raises UserError.
     """
-    if input_file and not Path(input_file).exists():
+    if input_file and not Path(input_file).is_file():
         raise UserError(f"no file {input_file}")
     source = Path(input_file) if input_file else here / 'input.txt'
     if not source.exists():
