@@ -39,11 +39,11 @@ out_dir = ''                   # folders of runs, with or without --out_dir=; if
 compare = ''                   # the folder of one more run
 dataset = ''                   # a folder of data/; if empty, the one that the models were trained on
 training = 'config/train_shakespeare_char_fast.py'  # the config of the models trained here
-seeds = 1                      # so many are trained of each kind, with seed, seed + 1, ...
+seeds = 1                      # models of each kind that are trained here, with seed, seed + 1, ...
 val_tokens = 2**17             # at most so many of the val split are read
 sliding_targets = 1536         # sampled targets of the sliding window
 recall = ''                    # text or random: does a model copy what it read some tokens before?
-alibi_scale = False            # ALiBi also with its slopes divided by the window's length in trained ones
+alibi_scale = False            # also ALiBi with its slopes divided by window / trained length
 seed = 1337                    # the samples follow from it, and the training if there is one
 device = 'auto'                # cpu, cuda, cuda:1, mps
 dtype = 'auto'                 # float32, bfloat16 or float16
@@ -63,8 +63,8 @@ POSITION_TARGETS = 2**13
 RECALL_TARGETS = 2**12
 BATCH_TOKENS = 2**14           # limits of a forward pass
 BATCH_LOGITS = 2**26
-LIMITS = """A model of 0.8M parameters shows whether a method breaks beyond its trained length. It can't show
-whether the method would put a longer text to use: such a model hardly looks back further than a few words."""
+LIMITS = """Models of this size show whether a method breaks beyond its trained length. They hardly show
+whether it would put a longer text to use: such a model looks back no further than a few words."""
 
 
 class Method(NamedTuple):
@@ -297,33 +297,46 @@ def show(values, block=1, form='.4f'):
     return f"{mean:{form}} ± {error:.4f}"
 
 
+def cells(losses, first, i, block):
+    """The loss in window i as text, and its change from 1x, or at 1x from the first method's."""
+    change = ''
+    if i > 0:
+        change = show(losses[i] - losses[0], block, '+.4f')
+    elif losses is not first and losses[0].shape == first[0].shape:
+        change = f"({show(losses[0] - first[0], block, '+.4f')})"
+    return f"{show(losses[i], block):<20}{change:<20}"
+
+
 def print_table(results, block):
-    """A row for each window. Changes from 1x compare the same targets, so their errors are smaller."""
-    n, n_sliding = results[0].whole[0].size(1), results[0].sliding[0].size(1)
+    """A row for each window."""
+    first = results[0]
+    n, n_sliding = first.whole[0].size(1), first.sliding[0].size(1)
     whole_title = f"non-overlapping ({n:,} targets)"
     print(f"\n{'':16}{whole_title:<40}sliding ({n_sliding:,} targets, full context)")
-    print(f"{'window':>9}{'':7}{'loss':<20}{'from 1x':<20}{'loss':<20}{'from 1x'}")
+    print(f"{'window':>9}{'':7}{'loss':<20}{'change':<20}{'loss':<20}{'change'}")
     for result in results:
-        L = result.method.trained_length
-        print(result.method.name)
+        L, G = result.method.trained_length, len(result.method.models)
+        print(f"{result.method.name}, {G} seed{'s' * (G > 1)}")
         for i, W in enumerate(result.lengths):
             if i == 0 and result.method.divides:                    # by 1: the row is ALiBi's
                 continue
             row = f"{W:>7} = {W / L:g}x".ljust(16)
-            for losses, size in ((result.whole, block), (result.sliding, 1)):
-                change = show(losses[i] - losses[0], size, '+.4f') if i > 0 else ''
-                row += f"{show(losses[i], size):<20}{change:<20}"
+            row += cells(result.whole, first.whole, i, block) + cells(result.sliding, first.sliding, i, 1)
             print(row.rstrip())
         if result.method.ends:
             print(f"{'longer':>9}{'':7}{f'only the last {L} tokens are seen':<40}{show(result.sliding[0])}")
+    print("loss: nats per token, the mean of the seeds. ±: one standard error, over the text and the seeds.\n"
+          f"change: on the same targets, from 1x; in brackets from {first.method.name} at 1x")
 
 
 def print_recall(results):
     """A row for each gap."""
     what = 'a passage of the val split' if recall == 'text' else 'a string of random tokens'
-    print(f"\nrecall: {what} comes again after a gap. Loss of the repeat, its first token aside, and how\n"
-          "much lower it is than behind another one")
+    n = max(2, max(result.method.trained_length for result in results) // 4)
+    print(f"\nrecall: {what} ({n} tokens), a gap, and the same passage again. loss: of the second copy, its\n"
+          "first token aside; gain: how much higher that loss is when another passage stood in front")
     print(f"{'gap':>7}  " + ''.join(f"{result.method.name:<30}" for result in results).rstrip())
+    print(f"{'':9}" + (f"{'loss':<8}gain".ljust(30) * len(results)).rstrip())
     for gap in results[0].recall:
         row = f"{gap:>7}  "
         for result in results:
@@ -365,6 +378,8 @@ def plot(results, path):
     axes = figure.subplots()
     for i, result in enumerate(results):
         name, L = result.method.name, result.method.trained_length
+        if result.method.divides:
+            name += f' by {FACTORS[-1]}'
         means, errors = position_curve(result)                      # (M,) each
         centers = (torch.arange(len(means)) + 0.5) * result.stretch
         n = L // result.stretch if result.method.ends else len(means)
@@ -374,11 +389,11 @@ def plot(results, path):
         axes.fill_between(centers, means - errors, means + errors, color=f'C{i}', alpha=0.25, lw=0)
     for L in {result.method.trained_length for result in results}:
         axes.axvline(L, color='gray', lw=1, ls='--')
-        axes.annotate(' trained length', (L, 1), xycoords=('data', 'axes fraction'), va='top', color='gray')
-    axes.set(xlabel='position in the text (tokens)', ylabel='loss (nats per token), lower is better',
-             title='Reading on beyond the trained length')
+        axes.annotate(' trained length', (L, 0.01), xycoords=('data', 'axes fraction'), color='gray')
+    axes.set(xlabel='position in the text (tokens); the same targets at every position',
+             ylabel='loss (nats per token), lower is better', title='Loss beyond the trained length')
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc='outside lower center', ncols=2)
     with atomic_write(path) as file:
         figure.savefig(file, format='png', dpi=120)
     print(f"\nplot: {path}")
@@ -422,8 +437,11 @@ def extrapolate():
         raise UserError(f"recall must be text or random, got {recall!r}")
     if compare and not out_dir:
         raise UserError(f"--compare={compare} needs a first model to stand beside: give its out_dir")
+    given = list(dict.fromkeys(folder for folder in (*out_dir.splitlines(), compare) if folder))
+    if given and seeds > 1:
+        raise UserError(f"--seeds={seeds} is for models that are trained here: give the folders of all seeds")
     run = runtime.set_up(device, dtype, compile=False)
-    folders = [folder for folder in (*out_dir.splitlines(), compare) if folder] or train_models()
+    folders = given or train_models()
     methods = load_methods(folders, run)
     splits = [load_val_split(state) for method in methods for state in method.states]
     data, data_folder = splits[0]
@@ -443,7 +461,8 @@ def extrapolate():
     print_table(results, longest)
     if recall:
         print_recall(results)
-    print('\n' + LIMITS)
+    if max(method.models[0].get_num_params() for method in methods) < 1e7:
+        print('\n' + LIMITS)
     plot(results, Path(folders[0]) / 'alibi_extrapolation.png')
 
 

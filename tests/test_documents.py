@@ -122,7 +122,7 @@ def test_every_command_of_the_documents(folder, bpe_files, hub):
             options = [option for option in arguments[:script] if option.startswith('--max-restarts')]
             torchrun(folder, 2, *options, *arguments[script:], *SMALL['train.py'], env=env)
         elif arguments[0] == '-c':
-            run_script(folder, *arguments, env=env)
+            run_script(folder, '-c', arguments[1].replace('max_new_tokens=50', 'max_new_tokens=5'), env=env)
         else:
             assert program == 'python', command
             server.start(folder, arguments + small(arguments))

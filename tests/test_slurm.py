@@ -107,6 +107,28 @@ def test_only_a_run_that_was_stopped_is_queued_again(tmp_path, warned, srun_stat
     assert job.requeues() == [f'requeue {job.job_id}'] * requeues
 
 
+SAVING_SRUN = WAITING_SRUN + """
+print('saving')
+signal.sigwait([signal.SIGUSR1])
+import time
+time.sleep(1)
+open('saved', 'w').close()
+raise SystemExit(1)
+"""
+
+
+def test_a_job_that_is_warned_twice_waits_for_the_save(tmp_path):
+    job = Job(tmp_path, tmp_path, srun=SAVING_SRUN)
+    read_until(job.process, 'ready')
+    job.warn()
+    read_until(job.process, 'saving')
+    time.sleep(0.3)                                                 # for the shell to wait again
+    job.warn()
+    assert job.end()[0] == 0
+    assert job.requeues() == [f'requeue {job.job_id}']
+    assert job.requeued.stat().st_mtime_ns > (tmp_path / 'saved').stat().st_mtime_ns
+
+
 @pytest.mark.slow
 def test_a_job_saves_queues_itself_again_and_resumes(checkout, tmp_path):
     """The first job gets the signal. In the second, from the same command, a process is killed as well."""
