@@ -461,7 +461,7 @@ def extrapolate():
     print_table(results, longest)
     if recall:
         print_recall(results)
-    if max(method.models[0].get_num_params() for method in methods) < 1e7:
+    if max(method.models[0].get_num_params() for method in methods) < 2e6:
         print('\n' + LIMITS)
     plot(results, Path(folders[0]) / 'alibi_extrapolation.png')
 
