@@ -1,10 +1,10 @@
 """3.2M parameters on the source of Python's standard library, 256 characters at a time: for a CPU.
 
     python data/pycode_char/prepare.py
-    python train.py config/train_pycode_char.py --use_alibi=True
+    python train.py config/train_pycode_char.py
 
-Measured (2 vCPUs of an AMD EPYC, 2026-11-25, seeds 1 and 2): 11 minutes; lowest val loss with ALiBi 0.9089 and
-0.9271, with rotary positions 0.8855 and 0.9147, with learned ones 0.9118 and 0.9417.
+Measured (2 vCPUs of an AMD EPYC, 2026-11-25, seeds 1 and 2): 11 minutes; lowest val loss with ALiBi 0.9089
+and 0.9271, with rotary positions 0.8855 and 0.9147, with learned ones 0.9118 and 0.9417.
 """
 from pathlib import Path
 
