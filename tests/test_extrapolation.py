@@ -251,7 +251,7 @@ def test_the_study_that_trains_its_own_models(checkout, tmp_path):
     fresh = shutil.copytree(checkout, tmp_path / 'fresh', ignore=ignore)
     config = fresh / 'config/train_shakespeare_char_fast.py'
     config.write_text(config.read_text() + '\nmax_iters = 60\neval_interval = 30\nblock_size = 16\n')
-    output = run_script(fresh, SCRIPT, '--sliding_targets=50')
+    output = run_script(fresh, SCRIPT, '--sliding_targets=50', '--val_tokens=5000')
     assert '$ python data/pydocs_char/prepare.py' in output
     assert [length for length, _ in rows(output)] == 2 * [16, 24, 32, 64, 128] + [16]
     assert (fresh / 'out-extrapolation/alibi/alibi_extrapolation.png').exists()
