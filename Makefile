@@ -1,6 +1,6 @@
 # make quickstart   from nothing to samples: environment, data, a trained baby GPT, its text
-# make test         the linter and the tests (four to six minutes on two cores)
-# make test-slow    the slow ones (as long again)
+# make test         the linter and the tests (four minutes on two cores)
+# make test-slow    the slow ones (eleven minutes)
 
 PYTHON ?= python3
 PY := .venv/bin/python
