@@ -20,7 +20,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,7 @@ import runtime
 from dataset import draw_batch, load_meta, load_split
 from model import GPT, GPTConfig, alibi_bias, alibi_flex_attention
 from runtime import TRAIN_BATCH, UserError, derive_seed
-from train import update
+from train import MODEL_SETTINGS, update
 
 # ---------------------------------------------------------------------------------------------------------
 # settings
@@ -371,10 +371,9 @@ def choose_job(run: runtime.Runtime) -> Job:
         meta = load_meta(folder)
         default = 65 if 'char' in folder.name else 50304
         n_ids = meta['vocab_size'] if meta else default
-    switches = {field.name: globals()[field.name] for field in fields(GPTConfig)
-                if field.name in setting_names and field.name not in (*sizes, 'vocab_size')}
+    switches = {name: globals()[name] for name in MODEL_SETTINGS if name not in sizes}
     try:
-        config = GPTConfig(vocab_size=n_ids, **sizes, **switches)
+        config = GPTConfig(vocab_size=n_ids, dropout=dropout, **sizes, **switches)
     except ValueError as error:
         raise UserError(error) from error
     if real_data:

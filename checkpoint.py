@@ -102,8 +102,7 @@ def build_model(state: dict, **overrides) -> GPT:
         model.load_state_dict({key.removeprefix('_orig_mod.'): value for key, value in state['model'].items()
                                if not key.endswith('.attn.bias')})
     except (ValueError, RuntimeError, TypeError, AttributeError) as error:
-        reason = ' '.join(str(error).split())
-        raise UserError(f"the checkpoint's weights don't fit its model_args: {reason}") from error
+        raise UserError(f"the checkpoint's weights don't fit its model_args: {error}") from error
     return model
 
 

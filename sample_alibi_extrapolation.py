@@ -248,14 +248,18 @@ def load_val_split(state):
     return data, folder
 
 
+def passage_length(L):
+    """Tokens of a passage that is to be recalled, for a trained length L."""
+    return max(2, L // 4)
+
+
 def recall_tasks(data, L):
     """For each gap two sets of rows (R, T): a passage, the gap, the passage; and another passage in front.
 
     The passages, and the text that stands right before their repeats, are the same for all gaps.
     """
     generator = torch.Generator().manual_seed(derive_seed(seed, runtime.SAMPLE))
-
-    n = max(2, L // 4)
+    n = passage_length(L)
 
     def draw_texts(T):
         starts = torch.randint(len(data) - T, (max(2, RECALL_TARGETS // n), 1), generator=generator)
@@ -332,7 +336,7 @@ def print_table(results, block):
 def print_recall(results):
     """A row for each gap."""
     what = 'a passage of the val split' if recall == 'text' else 'a string of random tokens'
-    n = max(2, max(result.method.trained_length for result in results) // 4)
+    n = passage_length(max(result.method.trained_length for result in results))
     print(f"\nrecall: {what} ({n} tokens), a gap, and the same passage again. loss: of the second copy, its\n"
           "first token aside; gain: how much higher that loss is when another passage stood in front")
     print(f"{'gap':>7}  " + ''.join(f"{result.method.name:<30}" for result in results).rstrip())
@@ -461,7 +465,7 @@ def extrapolate():
     print_table(results, longest)
     if recall:
         print_recall(results)
-    if max(method.models[0].get_num_params() for method in methods) < 2e6:
+    if max(method.models[0].get_num_params() for method in methods) < 2e6:  # those of 3M do look back
         print('\n' + LIMITS)
     plot(results, Path(folders[0]) / 'alibi_extrapolation.png')
 

@@ -111,13 +111,13 @@ def forked():
     return server
 
 
-def run_script(folder, *args, status=0, env=None, timeout=240, is_new=False):
-    """Run `python ARGS` in folder as a user does; in a new Python with is_new, variables or options.
+def run_script(folder, *args, status=0, env=None, timeout=240):
+    """Run `python ARGS` in folder as a user does, in a fork or, with variables or options, in a new Python.
 
     Returns its output, both streams. Fails if the exit status is not `status`, or after timeout seconds.
     """
     args = [str(arg) for arg in args]
-    if is_new or env or args[0].startswith('-'):
+    if env or args[0].startswith('-'):
         done = subprocess.run([sys.executable, *args], cwd=folder, env=environment(**(env or {})), text=True,
                               encoding='utf-8', timeout=timeout, stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT)
