@@ -6,8 +6,8 @@
     python bench.py --real_data=True --dataset=shakespeare_char
     python bench.py --profile=True                     where the time goes: a table, and a trace for a browser
 
-A step is train.update() on one micro-batch. The kinds of step take turns, block by block, so that a machine
-that slows down slows all of them: what they take relative to each other is worth more than the milliseconds.
+A step is train.py's accumulate() and update(), on one micro-batch. The kinds of step take turns, block by
+block, so that a machine that slows down slows all of them: trust the ratios more than the milliseconds.
 The plain step is one as nanoGPT writes it, eager: windows stacked one by one, all logits, PyTorch's AdamW as
 it comes. Times are medians over the blocks, with the middle half behind them.
 A kind of step that fails is left out and the others go on; the exit status is then 1, unless it was only too
@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-if __name__ == '__main__':  # python -I and -P leave this folder out; Ctrl-C ends the slow imports quietly
+if __name__ == '__main__':  # python -I and -P leave this folder out; Ctrl-C ends the script at once
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -39,7 +39,7 @@ import runtime
 from dataset import draw_batch, load_meta, load_split
 from model import GPT, GPTConfig, alibi_bias, alibi_flex_attention
 from runtime import TRAIN_BATCH, UserError, derive_seed
-from train import MODEL_SETTINGS, update
+from train import MODEL_SETTINGS, accumulate, update
 
 # ---------------------------------------------------------------------------------------------------------
 # settings
@@ -202,8 +202,8 @@ def make_step(job: Job, use_alibi=False, use_rope=False, make_attention=None, op
             x, y = draw_batch(job.data, job.batch_size, T, job.config.vocab_size,
                               derive_seed(seed, TRAIN_BATCH, k))
             return run.to_device(x), run.to_device(y)
-        loss, _ = update(model, params, opt, scaler, run, get_batch, n_batches=1, grad_clip=1.0,
-                         checkpoint_activations=checkpoint_activations)
+        loss = accumulate(model, scaler, run, get_batch, 1, checkpoint_activations)
+        update(params, opt, scaler, run, grad_clip=1.0)
         return loss
     return raw_model, step
 

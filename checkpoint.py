@@ -1,8 +1,9 @@
 """A checkpoint: one file with everything that a run needs to resume, written whole or not at all.
 
 A dict with nanoGPT's keys (model, optimizer, model_args, iter_num, best_val_loss, config) and ours beside
-them: scaler (the GradScaler's state, with float16), meta (the data set's) and wandb_id. It holds tensors and
-plain Python values only, so reading it cannot run code.
+them: scaler (the GradScaler's state, with float16), meta and data (the data set's vocabulary and identity),
+wandb_id, and launch (whose restarts resume it). It holds tensors and plain Python values only, so reading it
+cannot run code.
 """
 import json
 import pickle
@@ -18,6 +19,7 @@ from runtime import UserError
 
 NANOGPT_ARGS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
 SIZES = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd')
+GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')  # what transformers can download
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -82,9 +84,9 @@ def check_contents(state: object, path: str | Path) -> None:
 def check_resumable(state: dict, path: str | Path) -> None:
     """Raise UserError if a run can't resume from the state."""
     kinds = {'optimizer': dict, 'iter_num': int, 'best_val_loss': (int, float, torch.Tensor)}
-    missing = [key for key, kind in kinds.items() if not isinstance(state.get(key), kind)]
-    if missing:
-        raise UserError(f"{path} can be sampled from but not resumed: it lacks {', '.join(missing)}")
+    lacking = [key for key, kind in kinds.items() if not isinstance(state.get(key), kind)]
+    if lacking:
+        raise UserError(f"{path} can be sampled from but not resumed: it lacks {', '.join(lacking)}")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -113,10 +115,9 @@ def pretrained(name: str, dropout: float = 0.0) -> GPT:
     except ValueError as error:
         raise UserError(error) from error
     except OSError as error:
-        raise UserError(f"{name} could not be loaded: transformers neither has it here nor gets it from the "
-                        "hub. Go online once, or give a folder with a GPT-2 of transformers as "
-                        "init_from") from error
-
+        raise UserError(f"{name} could not be loaded: it is not in transformers' cache and could not be "
+                        "downloaded. Go online once, or set init_from to a folder with a GPT-2 that "
+                        "transformers saved") from error
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
@@ -163,16 +164,17 @@ def data_meta(state: dict) -> dict | None:
     return meta
 
 
-def pretrained_meta(name: str) -> dict | None:
-    """The meta in a character-level model that export_hf.py wrote to the folder `name`, else None."""
+def pretrained_meta(name: str, model: GPT) -> dict | None:
+    """The meta of a character-level model that export_hf.py wrote to the folder `name`; of a GPT-2 None."""
     path = Path(name) / 'tokenizer.json'
-    if not path.exists():
-        return None
-    model = json.loads(path.read_text(encoding='utf-8'))['model']
-    if model.get('type') != 'WordLevel':
-        return None
-    stoi = model['vocab']
-    return {'vocab_size': len(stoi), 'stoi': stoi, 'itos': {i: char for char, i in stoi.items()}}
+    saved = json.loads(path.read_text(encoding='utf-8'))['model'] if path.exists() else {}
+    if saved.get('type') == 'WordLevel':
+        stoi = saved['vocab']
+        return {'vocab_size': len(stoi), 'stoi': stoi, 'itos': {i: char for char, i in stoi.items()}}
+    if model.config.vocab_size < 50257:
+        raise UserError(f"{name} has {model.config.vocab_size} token ids, which are not GPT-2's: its "
+                        "tokenizer is unknown here")
+    return None
 
 
 def check_vocabulary(state: dict, meta: dict | None, dataset: str) -> None:

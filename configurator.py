@@ -140,6 +140,8 @@ def configure(arguments: list[str], defaults: dict, skip_unknown: bool = False,
                 raise ConfigError(f"--{key} needs a value, such as --{key}={settings[key]!r}")
             text = arguments.pop(0)
         settings[key] = parse_value(key, text, defaults[key])
+        if key == plain_argument:
+            plain = text.splitlines()
     return settings
 
 

@@ -23,7 +23,7 @@ import signal
 import sys
 from pathlib import Path
 
-if __name__ == '__main__':  # python -I and -P leave this folder out; Ctrl-C ends the slow imports quietly
+if __name__ == '__main__':  # python -I and -P leave this folder out; Ctrl-C ends the script at once
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -161,15 +161,23 @@ def edit_json(path, **changes):
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + '\n', encoding='utf-8')
 
 
+def check_target(target, export):
+    """Raise UserError unless target is missing, or holds only files that the export replaces."""
+    if target.is_dir():
+        others = {path.name for path in target.iterdir()} - {path.name for path in export.iterdir()}
+        if others:
+            raise UserError(f"{target} is not an export, it holds {', '.join(sorted(others)[:3])}: choose "
+                            "another --hf_dir, or remove it")
+    elif target.exists():
+        raise UserError(f"{target} is a file: choose another --hf_dir")
+
+
 def export():
     """Write the folder, complete or not at all."""
     model, state, path = rundir.load_for_sampling(out_dir)
     meta = checkpoint.data_meta(state)
-    target = Path(hf_dir)
-    if not hf_dir:
-        target = Path(out_dir).with_name('hf-' + Path(out_dir).name.removeprefix('out-'))
-    if target.exists() and not (target / 'config.json').exists():
-        raise UserError(f"{target} exists and is not an export: choose another --hf_dir, or remove it")
+    source = Path(out_dir).resolve()
+    target = Path(hf_dir).resolve() if hf_dir else source.with_name('hf-' + source.name.removeprefix('out-'))
     end_id = None if meta else 50256                                # a character set has no end-of-text
     if model.config.use_rope:
         raise UserError("a model with rotary positions can't be exported: GPT-2 has learned ones and MPT "
@@ -192,6 +200,7 @@ def export():
         # transformers 4 knows it by this name only
         edit_json(temporary / 'tokenizer_config.json', tokenizer_class='PreTrainedTokenizerFast')
         (temporary / 'README.md').write_text(model_card(state, target.name), encoding='utf-8')
+        check_target(target, temporary)
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
     finally:

@@ -2,7 +2,7 @@
 
     last.pt         the newest state, to resume from
     ckpt.pt         the best state, or the newest, to sample from; a hard link where it is the same as last.pt
-    iter-000500.pt  older states, with keep_checkpoints
+    iter-000500.pt  older states, with keep_checkpoints; moved to last.pt, the run resumes from there
     metrics.jsonl   a line for each log and evaluation
     loss.png        the curves of metrics.jsonl
     previous/       what an earlier run left here; previous-2/, ... where there was one already
@@ -119,22 +119,24 @@ def link_or_copy(source: Path, target: Path) -> None:
     os.replace(temporary, target)
 
 
-def load_for_resume(out_dir: str | Path, file: str | Path | None = None) -> tuple[dict, Path]:
-    """The state to resume from and its file: the given one, else last.pt, else ckpt.pt. Raises UserError."""
-    path = Path(file) if file else find(out_dir, RESUME)
-    try:
+def load_for_resume(out_dir: str | Path) -> tuple[dict, Path]:
+    """The state to resume from and its file, last.pt, else ckpt.pt. Raises UserError."""
+    def load(path):
         state = checkpoint.load(path)
         checkpoint.check_resumable(state, path)
         return state, path
+
+    path = find(out_dir, RESUME)
+    try:
+        return load(path)
     except UserError as error:
-        best = path.with_name('ckpt.pt')
-        if path == best:
+        if path.name != 'last.pt':
             raise
         try:
-            good = checkpoint.load(best)
+            state, other = load(path.with_name('ckpt.pt'))
         except (UserError, FileNotFoundError):
             raise error from None
-        raise UserError(f"{error}. {best} (iteration {good.get('iter_num')}) is good: to resume from it, "
+        raise UserError(f"{error}. {other} (iteration {state['iter_num']}) is good: to resume from it, "
                         f"remove {path}") from None
 
 

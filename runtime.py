@@ -51,23 +51,18 @@ FILE_ERRORS = {errno.ENOSPC: FULL_DISK, errno.EDQUOT: FULL_DISK, errno.EFBIG: FU
 def one_line_errors() -> Iterator[None]:
     """Around a script's work: what is no bug of the script's ends it with one line and exit status 1.
 
-    That is a UserError, a file system that refuses a file, output that nobody reads any more (which takes no
-    line), or Ctrl-C (which ends the process by the signal itself). Anything else keeps its traceback.
+    That is a UserError, a file system that refuses a file, or output that nobody reads any more (which takes
+    no line). Anything else keeps its traceback.
     Also makes stdout and stderr take any character, and what is printed to a closed one disappear.
     """
     for name in ('stdout', 'stderr'):
         if getattr(sys, name) is None:                              # closed, as with `python sample.py >&-`
             setattr(sys, name, open(os.devnull, 'w'))
         getattr(sys, name).reconfigure(errors='backslashreplace')
-    previous = signal.getsignal(signal.SIGINT)
-    status, interrupted = None, False
+    status = None
     try:
-        if previous == signal.SIG_DFL:                              # which the script sets for its imports
-            signal.signal(signal.SIGINT, signal.default_int_handler)
         yield
         sys.stdout.flush()                                          # here what is refused is no traceback
-    except KeyboardInterrupt:
-        interrupted = True
     except UserError as error:
         status = f"error: {in_one_line(error)}"
     except BrokenPipeError:                                         # as with `python sample.py | head`
@@ -78,22 +73,12 @@ def one_line_errors() -> Iterator[None]:
             raise
         status = f"error: {in_one_line(error)}: {remedy}"
     finally:
-        signal.signal(signal.SIGINT, previous)
         try:
             sys.stdout.flush()
         except OSError:
             discard_output()                                        # or Python tries once more as it exits
-    if interrupted:
-        end_interrupted()
     if status:
         sys.exit(status)
-
-
-def end_interrupted() -> None:
-    """End this process with one line, as Ctrl-C ends any: at once, even where threads are still compiling."""
-    print("error: interrupted", file=sys.stderr, flush=True)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.raise_signal(signal.SIGINT)
 
 
 def in_one_line(error: Exception) -> str:
@@ -123,18 +108,6 @@ def check_ranges(settings: dict, ranges: dict) -> None:
 # ---------------------------------------------------------------------------------------------------------
 # signals
 
-@contextmanager
-def killed_by_ctrl_c() -> Iterator[None]:
-    """In this context Ctrl-C ends the process at once: Python's own handler would wait for C++ to return."""
-    previous = signal.getsignal(signal.SIGINT)
-    if previous != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
 class StopSignals:
     """In this context a signal to stop sets `received`, so that the run can stop where it can resume.
 
@@ -161,7 +134,8 @@ class StopSignals:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
         if self.received and kind and kind.__module__.startswith(('torch._dynamo', 'torch._inductor')):
-            raise KeyboardInterrupt from error                      # a terminal sends it to the compiler, too
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)                      # a terminal sends it to the compiler, too
 
     def handle(self, number: int, frame: object) -> None:
         name = signal.Signals(number).name
@@ -355,8 +329,7 @@ def processes(device: str = 'auto', dtype: str = 'auto', compile: bool | str = '
     if kind == 'cuda':                                              # gloo for what is agreed on the CPU
         options |= {'backend': f'cpu:gloo,cuda:{backend}', 'device_id': run.device}
     try:
-        with killed_by_ctrl_c():
-            dist.init_process_group(**options, **own_store(options['timeout']))
+        dist.init_process_group(**options, **own_store(options['timeout']))
     except (ValueError, RuntimeError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         reason = first_sentence(error)

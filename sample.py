@@ -13,7 +13,7 @@ import signal
 import sys
 from pathlib import Path
 
-if __name__ == '__main__':  # python -I and -P leave this folder out; Ctrl-C ends the slow imports quietly
+if __name__ == '__main__':  # python -I and -P leave this folder out; Ctrl-C ends the script at once
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -33,9 +33,9 @@ out_dir = 'out'                # the folder of a training run
 start = '\n'                   # the prompt, or FILE:name to read it from a file
 num_samples = 10               # how many texts
 max_new_tokens = 500           # in each sample
-temperature = 0.8              # 1: as the model says, below: less random, 0: always the likeliest token
+temperature = 0.8              # 1: the model's own; below 1: less random; 0: always the likeliest token
 top_k = 200                    # draw from the k likeliest tokens; 0: from all
-stop = ''                      # end a sample where this token comes: a character, or '<|endoftext|>'
+stop = ''                      # end a sample at this token: a character, or '<|endoftext|>'
 stream = False                 # print each token as it comes, one sample after the other
 seed = 1337                    # the samples follow from it
 device = 'auto'                # cpu, cuda, cuda:1, mps
@@ -54,15 +54,16 @@ if __name__ == '__main__':
 def check_settings():
     """Raise UserError for settings that can't be sampled with."""
     runtime.check_ranges(globals(), RANGES)
-    if init_from != 'resume' and not init_from.startswith('gpt2') and not Path(init_from).is_dir():
-        raise UserError("init_from must be resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder, "
+    if init_from not in ('resume', *checkpoint.GPT2_NAMES) and not Path(init_from).is_dir():
+        raise UserError(f"init_from must be resume, {', '.join(checkpoint.GPT2_NAMES)} or a folder, "
                         f"got {init_from!r}")
 
 
 def load_model():
     """The model in eval mode, its tokenizer, and a name for it."""
     if init_from != 'resume' and not rundir.has_state(init_from):
-        return checkpoint.pretrained(init_from), tokenizer(checkpoint.pretrained_meta(init_from)), init_from
+        model = checkpoint.pretrained(init_from)
+        return model, tokenizer(checkpoint.pretrained_meta(init_from, model)), init_from
     model, state, path = rundir.load_for_sampling(out_dir if init_from == 'resume' else init_from)
     return model, tokenizer(checkpoint.data_meta(state)), f"{path}, iteration {state.get('iter_num')}"
 

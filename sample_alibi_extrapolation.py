@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-if __name__ == '__main__':  # python -I and -P leave this folder out; Ctrl-C ends the slow imports quietly
+if __name__ == '__main__':  # python -I and -P leave this folder out; Ctrl-C ends the script at once
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -21,7 +21,7 @@ from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 
-if __name__ == '__main__':  # python -I and -P leave this folder out; Ctrl-C ends the slow imports quietly
+if __name__ == '__main__':  # python -I and -P leave this folder out; Ctrl-C ends the script at once
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -47,8 +47,8 @@ always_save_checkpoint = True  # ckpt.pt at every evaluation, not just when the 
 save_interval = 0              # save last.pt every N iterations as well; 0: at evaluations only
 keep_checkpoints = 0           # keep the states of the last N evaluations, as iter-000500.pt
 init_from = 'scratch'          # scratch, resume, auto (resume if there is a run, else scratch), gpt2,
-                               # gpt2-medium, gpt2-large, gpt2-xl, the folder of a run or of a GPT-2 that
-                               # transformers saved, or out_dir's iter-N.pt
+                               # gpt2-medium, gpt2-large, gpt2-xl, or the folder of a run or of a GPT-2 that
+                               # transformers saved
 allow_new_data = False         # resume even if the data set has changed
 # wandb
 wandb_log = False              # log to Weights & Biases as well
@@ -101,7 +101,8 @@ MODEL_SETTINGS = [field.name for field in fields(GPTConfig)    # what a resumed 
                   if field.name in setting_names and field.name != 'dropout']
 RANGES = {                     # of settings: the lowest value, and what the value must be below
     'eval_interval': (1, math.inf), 'log_interval': (1, math.inf), 'eval_iters': (1, math.inf),
-    'gradient_accumulation_steps': (1, math.inf), 'batch_size': (1, math.inf), 'dropout': (0, 1),
+    'gradient_accumulation_steps': (1, math.inf), 'batch_size': (1, math.inf), 'block_size': (1, math.inf),
+    'dropout': (0, 1),
     'learning_rate': (0, math.inf), 'min_lr': (0, math.inf), 'max_iters': (0, math.inf),
     'warmup_iters': (0, math.inf), 'weight_decay': (0, math.inf), 'beta1': (0, 1), 'beta2': (0, 1),
     'grad_clip': (0, math.inf), 'seed': (0, math.inf), 'save_interval': (0, math.inf),
@@ -115,7 +116,7 @@ RANGES = {                     # of settings: the lowest value, and what the val
 def check_settings(world_size):
     """Raise UserError for settings that no run can work with."""
     runtime.check_ranges(globals(), RANGES)
-    if gradient_accumulation_steps % world_size:
+    if gradient_accumulation_steps < world_size:
         raise UserError(f"gradient_accumulation_steps={gradient_accumulation_steps} can't be shared by "
                         f"{world_size} processes: make it a multiple of {world_size}")
     if optimizer not in ('adamw', 'muon'):
@@ -129,20 +130,18 @@ def check_init_from():
     """Raise UserError for an init_from that names nothing to start from."""
     if init_from in ('scratch', 'resume', 'auto'):
         return
-    source, own_folder = Path(init_from).resolve(), Path(out_dir).resolve()
-    if is_checkpoint_file(init_from):
-        if source.parent != own_folder:
-            raise UserError(f"init_from={init_from} is not in out_dir={out_dir}: a run can go back only to a "
-                            f"state of its own, but start with the weights of --init_from={source.parent}")
-    elif rundir.has_state(init_from):
-        if source == own_folder:
+    if rundir.has_state(init_from):
+        if Path(init_from).resolve() == Path(out_dir).resolve():
             raise UserError(f"init_from={init_from} is out_dir itself: use --init_from=resume to go on with "
                             "that run, or another --out_dir for a new one")
-    elif not init_from.startswith('gpt2') and not source.is_dir():
-        raise UserError("init_from must be scratch, resume, auto, gpt2, gpt2-medium, gpt2-large, gpt2-xl, "
-                        f"a folder or a checkpoint, got {init_from!r}")
-    else:
+    elif init_from in checkpoint.GPT2_NAMES or Path(init_from).is_dir():
         check_switches({}, "GPT-2's weights with their position embeddings")
+    elif init_from.endswith('.pt'):
+        raise UserError(f"init_from={init_from} is a file: to go back to it, move it to "
+                        f"{out_dir}/last.pt and use --init_from=resume")
+    else:
+        raise UserError(f"init_from must be scratch, resume, auto, {', '.join(checkpoint.GPT2_NAMES)} or a "
+                        f"folder, got {init_from!r}")
 
 
 def check_switches(model_args, source):
@@ -174,14 +173,9 @@ def set_rate(opt, iter_num):
 
 # where a run starts: each returns a model and the state to resume from, {} for a new run
 
-def is_checkpoint_file(name):
-    """Whether init_from names a state of the run to go back to."""
-    return name.endswith('.pt') and Path(name).is_file()
-
-
 def choose_start(run):
     """The function that makes the start of this run."""
-    if init_from == 'resume' or is_checkpoint_file(init_from):
+    if init_from == 'resume':
         return resume
     # a run that torchrun restarts after a crash resumes what it has saved, not what an earlier run has left
     restarted = run.any_process(int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0)
@@ -195,8 +189,9 @@ def choose_start(run):
 
 
 def launch_id():
-    """What is the same in all restarts of one torchrun."""
-    return os.environ.get('TORCHELASTIC_RUN_ID', '')
+    """What is the same in all restarts of one torchrun: its id, or without one its process."""
+    run_id = os.environ.get('TORCHELASTIC_RUN_ID', '')
+    return f'process {os.getppid()}' if run_id == 'none' else run_id
 
 
 def start_from_scratch(meta, run):
@@ -212,12 +207,12 @@ def start_from_scratch(meta, run):
 
 def resume(meta, run):
     """The model and state in out_dir."""
-    state, path = rundir.load_for_resume(out_dir, init_from if is_checkpoint_file(init_from) else None)
+    state, path = rundir.load_for_resume(out_dir)
     iter_num = state['iter_num']
     checkpoint.check_vocabulary(state, meta, dataset)
     if iter_num > max_iters and not eval_only:
-        raise UserError(f"{path} has {iter_num} iterations behind it, more than max_iters={max_iters}: "
-                        "there is nothing to do unless you raise that")
+        raise UserError(f"{path} was saved after {iter_num} iterations and max_iters={max_iters} is less: "
+                        "raise max_iters to train further")
     run.print(f"resuming from {path} at iteration {iter_num}")
     saved = saved_model_settings(state)
     cropped = {'block_size'} if block_size < saved['block_size'] else set()
@@ -315,6 +310,9 @@ def print_plan(run, model, splits, T):
         'run': f"{max_iters:,} iterations = {epochs:.2f} epochs, evaluated every {eval_interval:,}"}
     for key, text in plan.items():
         run.print(f"{key + ':':<11}{text}")
+    if gradient_accumulation_steps % run.world_size:
+        run.print(f"gradient_accumulation_steps={gradient_accumulation_steps} is not a multiple of "
+                  f"{run.world_size} processes: some will wait for the others")
 
 
 def log_line(record):
@@ -326,7 +324,7 @@ def log_line(record):
     parts = [f"iter {record['iter']}: loss {record['loss']:.4f}", f"lr {record['lr']:.2e}",
              f"norm {record['grad_norm']:.4f}", f"time {record['ms']:.2f}ms"]
     if 'tokens_per_s' in record:
-        seconds_left = record['ms'] / 1000 * (max_iters - record['iter'] - 1)
+        seconds_left = min(record['ms'] / 1000 * (max_iters - record['iter'] - 1), 1e13)  # for timedelta
         parts += [f"{record['tokens_per_s']:,.0f} tok/s", f"eta {timedelta(seconds=round(seconds_left))}"]
     if 'mfu' in record:
         parts.append(f"mfu {100 * record['mfu']:.2f}%")
@@ -344,14 +342,6 @@ def check_finite(where, values, last_saved, note=''):
         last = f"The last good checkpoint is {path}, iteration {last_saved}."
     raise UserError(f"{where}: {listed}. {note}{last} "
                     "Try a lower learning_rate, grad_clip=1.0, a longer warm-up, or dtype=float32")
-
-
-def check_update(iter_num, loss, norm, last_saved, dtype):
-    """Raise UserError if an update's loss or norm is not finite: then it was not made."""
-    values = {'loss': loss, 'gradient norm': norm}
-    if dtype == 'float16':
-        del values['gradient norm']                                 # its scaler skips steps by itself
-    check_finite(f"iteration {iter_num}", values, last_saved, "Nothing was updated. ")
 
 
 @contextmanager
@@ -421,7 +411,7 @@ def wandb_run(run, config, run_id):
 
 def is_evaluated(iter_num):
     """Whether the run evaluates before update iter_num."""
-    return iter_num % eval_interval == 0 or iter_num == max_iters or eval_only
+    return iter_num % eval_interval == 0 or iter_num == max_iters
 
 
 @torch.no_grad()
@@ -447,34 +437,38 @@ def evaluate(model, run, get_batch, stop_requested):
     return means
 
 
-def update(model, params, optimizer, scaler, run, get_batch, n_batches, grad_clip,
-           before_step=lambda loss: True, checkpoint_activations=False):
-    """Make one update of the params (a list) from n_batches micro-batches in each process.
+def accumulate(model, scaler, run, get_batch, n_batches, checkpoint_activations=False):
+    """Add up the gradient of an update over n_batches micro-batches, which the processes share.
 
-    get_batch(i): inputs and targets, (B, T) int64 each. before_step(loss) is asked once the gradient is
-    there: if false, the params stay as they are. So they do if the gradient is not finite: scaler sees to it.
-    checkpoint_activations: see GPT.forward.
-    Returns this process's mean loss, and the norm before clipping of the gradient of all, or None without a
-    step: scalars on the device, which is not waited for.
+    get_batch(i): inputs and targets of micro-batch i, (B, T) int64 each. checkpoint_activations: see
+    GPT.forward. Returns the mean loss, of which each process has a part: run.mean() makes it whole. It is a
+    scalar on the device, which is not waited for.
     """
-    losses = torch.zeros(n_batches, device=run.device)
-    for i in range(n_batches):
+    share = n_batches / run.world_size                              # DDP averages the processes' gradients
+    own_batches = range(run.rank, n_batches, run.world_size)
+    losses = torch.zeros(len(own_batches), device=run.device)
+    for n, i in enumerate(own_batches):
         x, y = get_batch(i)
-        is_last = i == n_batches - 1                                # processes exchange gradients once
+        is_last = i == own_batches[-1]                              # processes exchange gradients once
         with nullcontext() if is_last or run.world_size == 1 else model.no_sync():
             with run.autocast():
                 _, loss = model(x, y, return_logits=False, checkpoint_activations=checkpoint_activations)
-            scaler.scale(loss / n_batches).backward()
-        losses[i] = loss.detach()
-    loss = losses.mean()
-    if not before_step(loss):
-        return loss, None
+            scaler.scale(loss / share).backward()
+        losses[n] = loss.detach()
+    return losses.sum() / share
+
+
+def update(params, optimizer, scaler, run, grad_clip):
+    """Update the params (a list) by their gradient, unless that is not finite: scaler sees to it.
+
+    Returns the gradient's norm before clipping, a scalar on the device.
+    """
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
     scaler.step(optimizer)
     scaler.update(run.fixed_scale)
     optimizer.zero_grad(set_to_none=True)
-    return loss, norm
+    return norm
 
 
 def train():
@@ -495,7 +489,6 @@ def train():
         params = list(raw_model.parameters())
         model = torch.compile(raw_model) if run.compile else raw_model  # evaluated as it is
         ddp_model = run.distribute(model)
-        n_batches = gradient_accumulation_steps // run.world_size   # of an update, in each process
         print_plan(run, raw_model, splits, T)
 
         # where the run stands
@@ -529,7 +522,7 @@ def train():
             return run.to_device(x), run.to_device(y)               # (batch_size, T) each
 
         def get_micro_batch(i):
-            k = iter_num * gradient_accumulation_steps + i * run.world_size + run.rank
+            k = iter_num * gradient_accumulation_steps + i
             if dropout > 0:
                 torch.manual_seed(derive_seed(seed, runtime.DROPOUT, k))
             return get_batch('train', runtime.TRAIN_BATCH, k)
@@ -537,15 +530,12 @@ def train():
         def stop_requested():
             return run.any_process(signals.received)
 
-        def before_step(loss):
-            """Save if it is time, as the loss vouches for the weights. Returns False to stop the run."""
-            stop = stop_requested()
-            is_due = save_interval > 0 and iter_num % save_interval == 0 and iter_num != last_saved
-            if (stop or is_due) and iter_num > 0 and not eval_only:
-                where = f"interrupted at iteration {iter_num}" if stop else f"iteration {iter_num}"
-                check_finite(where, {'loss': run.mean(loss)}, last_saved, "It was not saved. ")
-                save()
-            return not stop
+        if eval_only:
+            losses = evaluate(model, run, get_batch, stop_requested)
+            if losses is not None:
+                check_finite(f"step {iter_num}", losses, last_saved)
+                log({'iter': iter_num, **losses, 'lr': set_rate(optimizer, iter_num)})
+            return
 
         peak_flops = runtime.peak_flops(run)
         seconds = []                                                # of each iteration since the last log
@@ -561,43 +551,54 @@ def train():
                 is_best = losses['val_loss'] <= best_val_loss
                 best_val_loss = min(losses['val_loss'], best_val_loss)
                 log({'iter': iter_num, **losses, 'lr': lr})
-                if iter_num > 0 and not eval_only:
+                if iter_num > 0:
                     save(is_best or always_save_checkpoint, keep_checkpoints)
-                if eval_only or iter_num >= max_iters:
+                if iter_num >= max_iters:
                     break
 
-            # the update
+            # the gradient, whose loss vouches for the weights: save them if it is time, and stop if asked to
             start_time = time.perf_counter()
-            loss, norm = update(ddp_model, params, optimizer, scaler, run, get_micro_batch, n_batches,
-                                grad_clip, before_step, checkpoint_activations)
-            if norm is None:
-                is_saved = iter_num > 0 and not eval_only
-                hint = "resume with --init_from=resume" if is_saved else "nothing to save"
+            loss = accumulate(ddp_model, scaler, run, get_micro_batch, gradient_accumulation_steps,
+                              checkpoint_activations)
+            stop = stop_requested()
+            is_due = save_interval > 0 and iter_num % save_interval == 0
+            if (stop or is_due) and iter_num not in (0, last_saved):
+                where = f"interrupted at iteration {iter_num}" if stop else f"iteration {iter_num}"
+                check_finite(where, {'loss': run.mean(loss)}, last_saved, "It was not saved. ")
+                save()
+            if stop:
+                hint = "resume with --init_from=resume" if iter_num > 0 else "nothing to save"
                 run.print(f"interrupted at iteration {iter_num}: {hint}")
                 return
+
+            # the update
+            norm = update(params, optimizer, scaler, run, grad_clip)
 
             # log; only here the device is waited for
             is_logged = iter_num % log_interval == 0
             if is_logged or is_evaluated(iter_num + 1):
-                loss, norm = run.mean(loss), norm.item()
-                check_update(iter_num, loss, norm, last_saved, run.dtype)
+                values = {'loss': run.mean(loss), 'gradient norm': norm.item()}
+                if run.dtype == 'float16':                          # whose scaler skips steps by itself
+                    del values['gradient norm']
+                check_finite(f"iteration {iter_num}", values, last_saved, "Nothing was updated. ")
             seconds.append(time.perf_counter() - start_time)
             if is_logged:
                 dt = sum(seconds) / len(seconds)
-                record = {'iter': iter_num, 'loss': loss, 'lr': lr, 'grad_norm': norm, 'ms': 1000 * dt}
+                record = {'iter': iter_num, 'loss': values['loss'], 'lr': lr, 'grad_norm': norm.item(),
+                          'ms': 1000 * dt}
                 if iter_num > first_iter:
                     record['tokens_per_s'] = gradient_accumulation_steps * batch_size * T / dt
                     if peak_flops:
-                        record['mfu'] = raw_model.estimate_mfu(n_batches * batch_size, dt, peak_flops)
+                        n_sequences = gradient_accumulation_steps * batch_size / run.world_size
+                        record['mfu'] = raw_model.estimate_mfu(n_sequences, dt, peak_flops)
                 log(record)
             if is_logged or iter_num == first_iter:                 # the first iteration compiles
                 seconds = []
 
             iter_num += 1
 
-        if not eval_only:
-            run.print(f"done: {iter_num} iterations, best val loss {best_val_loss:.4f}, curve in "
-                      f"{out_dir}/loss.png\nnext: python sample.py --out_dir={out_dir}")
+        run.print(f"done: {iter_num} iterations, best val loss {best_val_loss:.4f}, curve in "
+                  f"{out_dir}/loss.png\nnext: python sample.py --out_dir={out_dir}")
 
 
 if __name__ == '__main__':

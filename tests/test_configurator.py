@@ -160,6 +160,8 @@ def test_other_scripts_pass_over_them_with_a_note(fork, script):
 
 def test_a_plain_argument_is_for_the_setting_that_the_script_names():
     assert configure(['out-x', '--max_iters=3'], DEFAULTS, plain_argument='out_dir')['out_dir'] == 'out-x'
+    for arguments in (['a', 'b'], ['--out_dir=a', 'b'], ['--out_dir=x', '--out_dir=a', 'b']):
+        assert configure(arguments, DEFAULTS, plain_argument='out_dir')['out_dir'] == 'a\nb'
     with pytest.raises(ConfigError, match='out-x'):
         configure(['out-x'], DEFAULTS)
 

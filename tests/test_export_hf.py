@@ -63,10 +63,13 @@ def test_an_exported_gpt2_reads_back_as_the_same_model(checkout, tmp_path, optio
     again = GPT.from_pretrained(tmp_path / 'hf')
     assert again.config.gelu == model.config.gelu
     torch.testing.assert_close(all_logits(again, idx), all_logits(model, idx), rtol=0, atol=1e-6)
-    assert checkpoint.pretrained_meta(tmp_path / 'hf') == META
+    assert checkpoint.pretrained_meta(tmp_path / 'hf', model) == META
     output = run_script(checkout, 'sample.py', f'--init_from={tmp_path}/hf', '--start=abc', '--num_samples=1',
                         '--max_new_tokens=5')
     assert '\nabc' in output
+    (tmp_path / 'hf/tokenizer.json').unlink()
+    with pytest.raises(UserError, match="token ids, which are not GPT-2's"):
+        checkpoint.pretrained_meta(tmp_path / 'hf', model)
 
 
 def test_what_other_engines_read(checkout, tmp_path):
@@ -142,10 +145,14 @@ def test_every_switch_of_the_model_is_exported_or_refused():
 def test_other_folders_are_left_alone(checkout, tmp_path):
     (tmp_path / 'hf').mkdir()
     (tmp_path / 'hf/thesis.txt').write_text('years of work')
+    (tmp_path / 'hf/config.json').write_text('{}')
     assert 'is not an export' in error_line(export(checkout, tmp_path, small(), status=1))
     assert (tmp_path / 'hf/thesis.txt').read_text() == 'years of work'
     (tmp_path / 'hf/thesis.txt').unlink()
+    (tmp_path / 'hf/config.json').unlink()
     (tmp_path / 'hf').rmdir()
     export(checkout, tmp_path, small())
     export(checkout, tmp_path, small(seed=1))  # an export is replaced
     assert sorted(path.name for path in tmp_path.iterdir()) == ['hf', 'out']
+    run_script(tmp_path / 'out', checkout / 'export_hf.py', '--out_dir=.')  # to ../hf-out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['hf', 'hf-out', 'out']

@@ -118,6 +118,12 @@ def test_a_signal_before_the_first_iteration(run_train, monkeypatch, capfd):
     assert not (out_dir / 'last.pt').exists()
 
 
+def test_a_signal_during_eval_only_trains_nothing(run_train, monkeypatch):
+    send_signal_at(monkeypatch, index=1)
+    monkeypatch.setattr(train, 'accumulate', None)
+    assert not (run_train(eval_only=True) / 'last.pt').exists()
+
+
 def test_a_second_signal_ends_at_once(checkout, tmp_path):
     """In the middle of a long update."""
     options = tiny(max_iters=100000, batch_size=512, gradient_accumulation_steps=64, out_dir=tmp_path / 'out')
@@ -302,6 +308,13 @@ def test_damaged_checkpoints_are_recognised(run_train, damage):
         run_train(init_from='resume')
     assert 'ckpt.pt (iteration 10) is good' in str(error.value)
     assert 'remove' in str(error.value)
+
+    state = checkpoint.load(best)
+    del state['optimizer']
+    checkpoint.save(best, state)
+    with pytest.raises(UserError, match=r'last\.pt is (damaged|no)') as error:
+        run_train(init_from='resume')
+    assert 'good' not in str(error.value)
 
     best.write_bytes(bad_content)
     with pytest.raises(UserError, match=r'last\.pt is (damaged|no)') as error:

@@ -19,6 +19,7 @@ from conftest import (
 )
 
 import rundir
+import train
 from dataset import draw_batch, load_split, write_char_dataset
 from runtime import EVAL_VAL, UserError, derive_seed
 
@@ -63,16 +64,17 @@ def test_save_interval(run_train, monkeypatch):
 
 
 def test_going_back_to_a_kept_state(run_train):
-    """From iter-000010.pt the run takes the same way again."""
+    """From iter-000015.pt the run takes the same way again."""
     out_dir = run_train(keep_checkpoints=2, eval_interval=5)
     assert sorted(path.name for path in out_dir.glob('iter-*')) == ['iter-000015.pt', 'iter-000020.pt']
     first = load_state(out_dir)['model']
-    run_train(keep_checkpoints=2, eval_interval=5, init_from=str(out_dir / 'iter-000015.pt'))
+    with pytest.raises(UserError, match=f'move it to {out_dir}/last.pt and use --init_from=resume'):
+        run_train(init_from=str(out_dir / 'iter-000015.pt'))
+    (out_dir / 'iter-000015.pt').rename(out_dir / 'last.pt')
+    run_train(keep_checkpoints=2, eval_interval=5, init_from='resume')
     again = load_state(out_dir)['model']
     assert all((first[key] == again[key]).all() for key in first)
     assert [r['iter'] for r in read_metrics(out_dir) if 'val_loss' in r] == [0, 5, 10, 15, 20]
-    with pytest.raises(UserError, match=f'is not in out_dir.*--init_from={out_dir}$'):
-        run_train('other', init_from=str(out_dir / 'iter-000015.pt'))
 
 
 def test_a_new_run_takes_the_weights_of_another(run_train, capsys):
@@ -148,6 +150,16 @@ def test_the_other_optimizer_is_refused_in_one_line(run_train):
     whole = run_train('whole', optimizer='muon')
     run_train(init_from='resume', optimizer='muon')
     assert same_weights(whole, out_dir)
+
+
+def test_two_launches_of_torchrun_have_different_ids(monkeypatch):
+    """Also where it was started with --master_addr, and calls all of them 'none'."""
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'none')
+    ids = set()
+    for pid in (3, 3, 4):
+        monkeypatch.setattr(os, 'getppid', lambda pid=pid: pid)
+        ids.add(train.launch_id())
+    assert len(ids) == 2
 
 
 @pytest.mark.slow

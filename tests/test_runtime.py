@@ -178,29 +178,6 @@ def test_a_bug_keeps_its_traceback(error):
         raise error
 
 
-def test_ctrl_c_ends_with_one_line_and_by_the_signal(monkeypatch, capsys):
-    """So that a shell knows, and no thread is waited for."""
-    raised = []
-    monkeypatch.setattr(signal, 'raise_signal', raised.append)
-    with one_line_errors():
-        raise KeyboardInterrupt
-    assert raised == [signal.SIGINT] and signal.getsignal(signal.SIGINT) == signal.SIG_DFL
-    assert capsys.readouterr().err == 'error: interrupted\n'
-
-
-@pytest.mark.parametrize('before, inside', [
-    (signal.SIG_DFL, signal.default_int_handler), (signal.SIG_IGN, signal.SIG_IGN)])
-def test_ctrl_c_is_an_error_in_the_work_and_as_before_after_it(before, inside):
-    """A process that was started to ignore it goes on doing so."""
-    old = signal.signal(signal.SIGINT, before)
-    try:
-        with one_line_errors():
-            assert signal.getsignal(signal.SIGINT) == inside
-        assert signal.getsignal(signal.SIGINT) == before
-    finally:
-        signal.signal(signal.SIGINT, old)
-
-
 def test_output_that_fails_as_it_is_flushed(monkeypatch):
     """It is reported once, and Python does not fail again as it ends."""
     with open('/dev/full', 'w') as full:

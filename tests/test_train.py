@@ -310,6 +310,8 @@ def test_eval_only_evaluates_once_and_leaves_everything(run_train, capsys):
     (dict(use_alibi=True, use_rope=True), ['use_alibi', 'use_rope']),
     (dict(out_dir='train.py'), ["can't write to train.py"]),
     (dict(block_size=1_000_000), ['1000000']),
+    (dict(block_size=0), ['block_size', '0']),
+    (dict(init_from='gpt2-xlarge'), ['gpt2-xl or a folder', "got 'gpt2-xlarge'"]),
 ])
 def test_mistakes_are_told(run_train, settings, words):
     with pytest.raises(UserError) as error:
@@ -498,7 +500,8 @@ print('weights:', hashlib.sha256(data).hexdigest())
 """
 
 
-@pytest.mark.parametrize('settings', [{}, dict(optimizer='muon', use_rope=True)])
+@pytest.mark.parametrize('settings', [
+    {}, dict(optimizer='muon', use_rope=True, gradient_accumulation_steps=3)])  # 3: one process makes 2
 def test_two_processes_equal_one(checkout, tmp_path, settings):
     (checkout / 'train_and_hash.py').write_text(TRAIN_AND_HASH)
     for n in (1, 2):
@@ -507,6 +510,7 @@ def test_two_processes_equal_one(checkout, tmp_path, settings):
         hashes = re.findall('weights: ([0-9a-f]{64})', output)
         assert len(hashes) == n
         assert len(set(hashes)) == 1  # the two have the same weights, to the bit
+        assert ('some will wait' in output) == (n == 2 and bool(settings))
     one, two = read_metrics(tmp_path / '1'), read_metrics(tmp_path / '2')
     assert [r['iter'] for r in one] == [r['iter'] for r in two]
     for a, b in zip(one, two):
@@ -517,11 +521,11 @@ def test_two_processes_equal_one(checkout, tmp_path, settings):
     assert max((a[key] - b[key]).abs().max().item() for key in a) < 1e-3
 
 
-def test_accumulation_steps_must_divide(checkout, tmp_path):
-    options = tiny(gradient_accumulation_steps=3, out_dir=tmp_path / 'out')
-    output = torchrun(checkout, 2, 'train.py', *options, status=1)
-    assert 'gradient_accumulation_steps=3' in output
-    assert '2 processes' in output
+def test_each_process_needs_a_micro_batch(monkeypatch):
+    monkeypatch.setattr(train, 'gradient_accumulation_steps', 3)
+    train.check_settings(3)
+    with pytest.raises(UserError, match='gradient_accumulation_steps=3 .* 4 processes'):
+        train.check_settings(4)
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 
 if __name__ == '__main__' and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)                    # Ctrl-C ends the slow imports quietly
+    signal.signal(signal.SIGINT, signal.SIG_DFL)                    # Ctrl-C ends the script at once
 
 import numpy as np
 from tqdm import tqdm

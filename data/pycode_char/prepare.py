@@ -15,7 +15,7 @@ from pathlib import Path
 here = Path(__file__).resolve().parent
 sys.path.insert(0, str(here.parents[1]))
 if __name__ == '__main__' and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)                    # Ctrl-C ends the slow imports quietly
+    signal.signal(signal.SIGINT, signal.SIG_DFL)                    # Ctrl-C ends the script at once
 from dataset import write_char_dataset
 from runtime import one_line_errors
 
