@@ -1,6 +1,6 @@
 # make quickstart   from nothing to samples: environment, data, a trained baby GPT, its text
-# make test         the linter and the tests (four minutes on two cores)
-# make test-slow    the slow ones (eleven minutes)
+# make test         the linter and the tests (three to four minutes on two cores)
+# make test-slow    the slow ones (nine to eleven minutes)
 
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -13,7 +13,7 @@ CONFIG = $$($(PY) -c "import torch; print('config/train_shakespeare_char' + ('' 
 quickstart: .venv/installed
 	@set -e; \
 	echo "quickstart: prepares tiny Shakespeare, trains $(CONFIG) on it and prints samples:"; \
-	echo "quickstart: about a minute on a GPU, two on two CPU cores; every step is a command you can type"; \
+	echo "quickstart: about two minutes on two CPU cores; every step is a command you can type"; \
 	if $(PY) data/shakespeare_char/prepare.py --timeout=10; then name=shakespeare; \
 	else echo "quickstart: no tiny Shakespeare, so it goes on with Python's language reference"; \
 	     $(PY) data/pydocs_char/prepare.py; name=pydocs; fi; \

@@ -252,7 +252,7 @@ def kinds_of_step(job):
     if job.run.device.type == 'cuda' and job.run.compile and job.config.dropout == 0:
         kinds['ALiBi, FlexAttention'] = partial(make, use_alibi=True, make_attention=alibi_flex_attention)
     else:
-        print("ALiBi, FlexAttention: not measured: it takes CUDA, compile=True and dropout=0")
+        print("ALiBi, FlexAttention: not measured: it needs CUDA, compile=True and dropout=0")
     return kinds
 
 
@@ -362,7 +362,7 @@ def choose_job(run: runtime.Runtime) -> Job:
     given = {name: globals()[name] for name in CPU_SIZES}
     is_small = run.device.type == 'cpu' and not any(given.values())
     if is_small:
-        print("no sizes are given, so on a CPU those of config/train_shakespeare_char_cpu.py")
+        print("no sizes given: on a CPU, those of config/train_shakespeare_char_cpu.py")
     sizes = {name: given[name] or size for name, size in (CPU_SIZES if is_small else GPT2_SIZES).items()}
     size = sizes.pop('batch_size')
     folder = Path('data') / (dataset or ('shakespeare_char' if is_small else 'openwebtext'))

@@ -186,7 +186,8 @@ def check_vocabulary(state: dict, meta: dict | None, dataset: str) -> None:
         raise UserError(missing(path) + hint)
     vocab_size = state['model_args']['vocab_size']
     if 'meta' in state and state['meta'] != meta:
-        raise UserError(f"data/{dataset} has another vocabulary than the checkpoint's training data{hint}")
+        raise UserError(f"data/{dataset} has a different vocabulary from the checkpoint's training data"
+                        + hint)
     if meta and meta['vocab_size'] > vocab_size:
         raise UserError(f"data/{dataset} has {meta['vocab_size']} token ids, "
                         f"but the checkpoint's model has {vocab_size}{hint}")

@@ -100,8 +100,8 @@ def check_equal(model, peer):
     ours, theirs = model(ids, ids)[0], peer.eval()(ids).logits      # (1, T, V)
     error = (ours - theirs).abs().max() / ours.abs().max()
     if not error < 1e-3:
-        raise UserError(f"{type(peer).__name__} computes other logits than this model, off by {error:.1%}: "
-                        "nothing was written")
+        raise UserError(f"{type(peer).__name__} computes different logits from this model, off by "
+                        f"{error:.1%}: nothing was written")
 
 
 def char_tokenizer(meta):

@@ -40,7 +40,7 @@ class UserError(Exception):
 
 
 # what the file system may say that is no bug of ours, and what to do about it
-FULL_DISK = "make room; what was saved before is unharmed"
+FULL_DISK = "free some space; what was saved before is intact"
 NO_ACCESS = "choose a folder that can be written to"
 FILE_ERRORS = {errno.ENOSPC: FULL_DISK, errno.EDQUOT: FULL_DISK, errno.EFBIG: FULL_DISK,
                errno.EROFS: NO_ACCESS, errno.EACCES: NO_ACCESS, errno.EPERM: NO_ACCESS,
@@ -306,7 +306,7 @@ def processes(device: str = 'auto', dtype: str = 'auto', compile: bool | str = '
               timeout: float = 1800) -> Iterator[Runtime]:
     """set_up(), and if torchrun started this process, the company of the others while the context lasts.
 
-    timeout: seconds that a process waits for the others. Raises UserError where they don't come together, and
+    timeout: seconds that a process waits for the others. Raises UserError where they can't connect, and
     when one of them is lost.
     """
     if backend not in ('auto', 'nccl', 'gloo'):
@@ -324,7 +324,7 @@ def processes(device: str = 'auto', dtype: str = 'auto', compile: bool | str = '
     if backend == 'auto':
         backend = 'nccl' if kind == 'cuda' else 'gloo'
     if not dist.is_backend_available(backend):
-        raise UserError(f"backend={backend}, but PyTorch {torch.__version__} is without it here: use gloo")
+        raise UserError(f"backend={backend}, but PyTorch {torch.__version__} was built without it: use gloo")
     options = {'backend': backend, 'timeout': timedelta(seconds=timeout)}
     if kind == 'cuda':                                              # gloo for what is agreed on the CPU
         options |= {'backend': f'cpu:gloo,cuda:{backend}', 'device_id': run.device}
@@ -335,7 +335,7 @@ def processes(device: str = 'auto', dtype: str = 'auto', compile: bool | str = '
         reason = first_sentence(error)
         if 'EADDRINUSE' in str(error):
             reason = "the port is in use, choose another one (--master_port of torchrun)"
-        raise UserError(f"the processes can't come together at {address}: {reason}") from error
+        raise UserError(f"the processes can't connect at {address}: {reason}") from error
     try:
         yield run._replace(rank=dist.get_rank(), world_size=dist.get_world_size())
     except RuntimeError as error:
@@ -344,8 +344,8 @@ def processes(device: str = 'auto', dtype: str = 'auto', compile: bool | str = '
             raise UserError(f"a process has not answered for timeout={timeout} seconds: "
                             f"{first_sentence(error)}") from error
         if 'connection' in text:
-            raise UserError(f"another process has gone: {first_sentence(error)}. What it said is above, if "
-                            "anything; go on with --init_from=resume") from error
+            raise UserError(f"another process died: {first_sentence(error)}. Its own error, if any, is "
+                            "above; continue with --init_from=resume") from error
         raise
     finally:
         dist.destroy_process_group()

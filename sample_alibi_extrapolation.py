@@ -64,7 +64,7 @@ RECALL_TARGETS = 2**12
 BATCH_TOKENS = 2**14           # limits of a forward pass
 BATCH_LOGITS = 2**26
 LIMITS = """Models of this size show whether a method breaks beyond its trained length. They hardly show
-whether it would put a longer text to use: such a model looks back no further than a few words."""
+whether it makes use of longer context: models this small look back only a few words."""
 
 
 class Method(NamedTuple):
@@ -416,7 +416,7 @@ def run_script(*arguments):
 def train_models():
     """Train small models that differ only in their positions and seeds. Returns their out_dirs."""
     if not Path('train.py').exists():
-        raise UserError("without an out_dir models are trained, which works only in the repository's root: "
+        raise UserError("without an out_dir this trains models, which works only in the repository's root: "
                         "go there, or give an out_dir")
     name = dataset
     if not name:

@@ -69,15 +69,15 @@ use_alibi = False              # linear attention biases in place of position em
 use_rope = False               # rotary position embeddings (Su et al. 2021) in place of learned ones
 # optimizer
 optimizer = 'adamw'            # or 'muon': Muon for the matrices of the blocks, AdamW for the rest
-muon_learning_rate = 0.02      # the highest of Muon's part; the schedule scales it as it does learning_rate
+muon_learning_rate = 0.02      # Muon's peak; follows the schedule of learning_rate
 muon_momentum = 0.95           # decay of Muon's running mean of the gradient
 muon_steps = 5                 # of Newton-Schulz; fewer are faster and orthogonalize less
-learning_rate = 6e-4           # the highest
+learning_rate = 6e-4           # the peak
 max_iters = 600000             # updates in all
 weight_decay = 1e-1            # of matrices and embeddings
 beta1 = 0.9                    # decay of the gradient's running mean
 beta2 = 0.95                   # and of its square's
-grad_clip = 1.0                # clip the gradient's norm here; 0 does not
+grad_clip = 1.0                # clip the gradient's norm to this; 0: no clipping
 # learning rate schedule
 decay_lr = True                # warm up and decay, or keep learning_rate throughout
 warmup_iters = 2000            # linear, from 0
@@ -244,8 +244,8 @@ def start_from_weights(meta, run):
         return checkpoint.build_model(state, dropout=dropout, block_size=block_size), {}
     if block_size > saved['block_size']:
         raise UserError(f"{path} has position embeddings for block_size={saved['block_size']}, not for "
-                        f"{block_size}: use --block_size={saved['block_size']} or less; with ALiBi or rotary "
-                        "positions there is no such end")
+                        f"{block_size}: use --block_size={saved['block_size']} or less (ALiBi and rotary "
+                        "positions have no such limit)")
     return checkpoint.build_model(state, dropout=dropout), {}
 
 

@@ -1,4 +1,4 @@
-"""Train short, go on long: five sixths of a run at 64 tokens, then the rest at 256, with ALiBi. For a CPU.
+"""Train short, continue long: five sixths of a run at 64 tokens, then the rest at 256, with ALiBi. For a CPU.
 
     python data/shakespeare_char/prepare.py
     python train.py config/train_shakespeare_char_fast.py --max_iters=300 --out_dir=out-shakespeare-char-short
@@ -22,5 +22,5 @@ block_size = 256
 max_iters = 60
 lr_decay_iters = 70
 warmup_iters = 5
-muon_learning_rate = 5e-3      # about the rates that the first part ended with
+muon_learning_rate = 5e-3      # some 1.6 times the rates that the first part ended with
 learning_rate = 1.5e-3

@@ -1,4 +1,4 @@
-"""config/train_shakespeare_char_cpu.py's loss in a quarter of its time, by Muon and ALiBi: for a CPU.
+"""The loss of config/train_shakespeare_char_cpu.py in a quarter of its time, with Muon and ALiBi: for a CPU.
 
     python data/shakespeare_char/prepare.py
     python train.py config/train_shakespeare_char_fast.py

@@ -1,4 +1,4 @@
-"""The lowest loss in the time of config/train_shakespeare_char_cpu.py, by Muon and ALiBi: for a CPU.
+"""The lowest loss in the time of config/train_shakespeare_char_cpu.py, with Muon and ALiBi: for a CPU.
 
     python data/shakespeare_char/prepare.py
     python train.py config/train_shakespeare_char_muon_cpu.py

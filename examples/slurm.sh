@@ -22,9 +22,9 @@
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 10000))          # two jobs on a node need two
-# a store for each start, as the one that all would share keeps the addresses of processes that have died
+# a separate store for each restart: a shared one would keep the addresses of processes that have died
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240       # torchrun would kill after 30 s what is still saving
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240       # torchrun would otherwise kill after 30 s what is still saving
 
 # in the background: bash runs a trap when `wait` is interrupted, but not before a command has ended.
 # No kill on bad exit: a node that has stopped must not end the one that is still saving.

@@ -34,7 +34,7 @@ def test_the_tables(checkout):
     for row in training + generation:
         assert re.search(f'^{row}{columns}', output, re.MULTILINE), row
     assert re.search(r"^Muon's step / AdamW's: [\d.]+ \([\d.]+ to [\d.]+\)$", output, re.MULTILINE)
-    assert 'ALiBi, FlexAttention: not measured: it takes CUDA' in output
+    assert 'ALiBi, FlexAttention: not measured: it needs CUDA' in output
     operations = re.findall(r'^ *\S.*?( +[\d.]+% +[\d.]+[mu]?s){2}', output, re.MULTILINE)
     assert len(operations) == 10
     trace = (checkout / 'bench-trace.json').read_text(encoding='utf-8')

@@ -38,7 +38,6 @@ SMALL = {
     'sample.py': ['--max_new_tokens=5', '--num_samples=1', '--device=cpu'],
     'bench.py': [*SMALL_MODEL, '--blocks=1', '--steps=1', '--max_new_tokens=2', '--compile=False'],
     'export_hf.py': [],
-
     'data/pycode_char/prepare.py': [],
     'data/mine/prepare.py': [],
     'sample_alibi_extrapolation.py': ['--sliding_targets=20', '--device=cpu'],
@@ -79,8 +78,8 @@ def folder(checkout, bpe_files, tmp_path_factory):
     shutil.copytree(checkout, folder, ignore=shutil.ignore_patterns('*.bin', '*.pkl', '__pycache__'))
     text = ''.join(f"ROMEO: Thou art no. {i}, First Citizen.\n" for i in range(3000))
     (folder / 'prompt.txt').write_text("First ")
-    (folder / 'docs').mkdir()
-    (folder / 'docs/a.jsonl').write_text(''.join(json.dumps({'text': text[:200]}) + '\n' for _ in range(400)))
+    (folder / 'corpus').mkdir()
+    (folder / 'corpus/a.jsonl').write_text(400 * (json.dumps({'text': text[:200]}) + '\n'))
     (folder / 'data/mine').mkdir(exist_ok=True)
     (folder / 'data/mine/input.txt').write_text(text)
     example = re.search(r'```python\n(.*?)```', (REPO / 'README.md').read_text(encoding='utf-8'), re.DOTALL)

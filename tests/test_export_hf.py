@@ -132,7 +132,7 @@ def test_a_model_that_computes_something_else_is_refused():
     peer = export_hf.to_mpt(model, None)
     export_hf.check_equal(model, peer)
     model.transformer.h[0].mlp.register_forward_hook(lambda module, args, output: 1.1 * output)
-    with pytest.raises(UserError, match='MptForCausalLM computes other logits than this model, off by'):
+    with pytest.raises(UserError, match='MptForCausalLM computes different logits from this model, off by'):
         export_hf.check_equal(model, peer)
 
 

@@ -235,7 +235,7 @@ def test_another_vocabulary_is_refused(checkout, trained):
     folder.mkdir()
     write_char_dataset(folder, 'abc' * 1000)
     line = error_line(run_script(checkout, SCRIPT, trained / 'alibi', '--dataset=abc', status=1))
-    assert 'data/abc has another vocabulary' in line
+    assert 'data/abc has a different vocabulary' in line
 
 
 def test_missing_data_gives_one_line(checkout, tmp_path):

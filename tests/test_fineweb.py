@@ -177,7 +177,7 @@ def test_a_full_disk_keeps_what_is_there(fresh):
     limit = 'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))\n'
     (fresh / 'run.py').write_text(limit + WITH_A_HUB_IN_A_FOLDER)
     line = error_line(prepare(fresh, '--shards=3', status=1))
-    assert 'File too large' in line and 'make room' in line
+    assert 'File too large' in line and 'free some space' in line
     (fresh / 'run.py').write_text(WITH_A_HUB_IN_A_FOLDER)
     assert fetched(fresh)[:2] == ['fineweb_val_000000.bin', 'fineweb_train_000001.bin']
     prepare(fresh, '--shards=3')

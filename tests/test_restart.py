@@ -124,7 +124,7 @@ def test_a_folder_that_is_no_start(run_train, checkout):
     folder.mkdir(exist_ok=True)
     write_char_dataset(folder, 'abcdefg ' * 400)
     hint = r'\(the checkpoint was trained with --dataset=pydocs_char\)'
-    with pytest.raises(UserError, match=f'data/otherwise has another vocabulary.*{hint}'):
+    with pytest.raises(UserError, match=f'data/otherwise has a different vocabulary.*{hint}'):
         run_train('new', init_from=str(source), dataset='otherwise')
     with pytest.raises(UserError, match=f'no data/nowhere/val.bin.*{hint}'):
         run_train('new', init_from=str(source), dataset='nowhere')

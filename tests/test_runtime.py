@@ -109,7 +109,7 @@ TORCHRUN = {'RANK': '0', 'WORLD_SIZE': '1', 'LOCAL_RANK': '0', 'MASTER_ADDR': '1
     (TORCHRUN | dict(MASTER_PORT='5', RANK='bad'), "RANK must be a number, got 'bad'"),
     (TORCHRUN | dict(MASTER_PORT='5', RANK='-1'), "RANK must be a number, got '-1'"),
     (TORCHRUN | dict(MASTER_PORT=''), "MASTER_PORT must be a number, got ''"),
-    (TORCHRUN | dict(MASTER_PORT='99999'), 'come together at 127.0.0.1:99999: .*65535'),
+    (TORCHRUN | dict(MASTER_PORT='99999'), 'connect at 127.0.0.1:99999: .*65535'),
 ])
 def test_an_environment_that_is_not_torchruns(monkeypatch, variables, words):
     for name, value in variables.items():
@@ -164,7 +164,7 @@ def status_of(error):
     (OSError(errno.EROFS, 'Read-only', 'x.pt'),
      "error: [Errno 30] Read-only: 'x.pt': choose a folder that can be written to"),
     (Exception('File too large (os error 27)'),
-     'error: File too large (os error 27): make room; what was saved before is unharmed'),
+     'error: File too large (os error 27): free some space; what was saved before is intact'),
     (OSError(errno.ENAMETOOLONG, 'Too long', 'x'), "error: [Errno 36] Too long: 'x': choose a shorter name"),
 ])
 def test_what_is_no_bug_ends_with_one_line(error, status):

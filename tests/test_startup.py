@@ -129,7 +129,7 @@ def test_closed_outputs(checkout, trained, command):
 def test_output_to_a_full_disk(checkout, trained, command):
     status, _, errors = in_shell(checkout, command.format(out=trained) + ' >/dev/full')
     assert status == 1 and is_quiet(errors), errors
-    assert b'error: [Errno 28] No space left on device: make room' in errors
+    assert b'error: [Errno 28] No space left on device: free some space' in errors
 
 
 @pytest.mark.parametrize('script', ['train.py', 'sample.py', 'export_hf.py'])
@@ -175,7 +175,7 @@ def test_a_full_disk_ends_an_export_and_leaves_nothing(checkout, trained, tmp_pa
     command = f'ulimit -f 20; python export_hf.py --out_dir={trained} --hf_dir={tmp_path}/hf'
     status, output, errors = in_shell(checkout, command)
     assert status == 1 and is_quiet(output + errors), errors
-    assert b'File too large' in errors.splitlines()[-1] and b'make room' in errors.splitlines()[-1]
+    assert b'File too large' in errors.splitlines()[-1] and b'free some space' in errors.splitlines()[-1]
     assert not list(tmp_path.iterdir())
 
 

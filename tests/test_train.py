@@ -236,7 +236,7 @@ def test_another_vocabulary_is_refused(run_train, checkout, capsys):
     folder = checkout / 'data/other_char'
     folder.mkdir(exist_ok=True)
     write_char_dataset(folder, 'abcdefg ' * 200)
-    with pytest.raises(UserError, match='another vocabulary'):
+    with pytest.raises(UserError, match='a different vocabulary'):
         run_train(init_from='resume', dataset='other_char')
 
 

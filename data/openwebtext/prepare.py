@@ -1,7 +1,7 @@
 """Make the OpenWebText data set (Gokaslan and Cohen 2019) in GPT-2's BPE, or one of your own documents.
 
-    python data/openwebtext/prepare.py                                downloads 8,013,769 documents
-    python data/openwebtext/prepare.py --data_files 'docs/*.jsonl'    local json, jsonl, parquet or txt files
+    python data/openwebtext/prepare.py                                 downloads 8,013,769 documents
+    python data/openwebtext/prepare.py --data_files 'corpus/*.jsonl'   local json, jsonl, parquet or txt files
 
 Each document is followed by an end-of-text token. A random 0.05% of them, drawn with a fixed seed, is the val
 split. Writes train.bin and val.bin into this folder: for OpenWebText about 9 billion and 4 million tokens,
