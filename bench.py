@@ -202,9 +202,9 @@ def make_step(job: Job, use_alibi=False, use_rope=False, make_attention=None, op
             x, y = draw_batch(job.data, job.batch_size, T, job.config.vocab_size,
                               derive_seed(seed, TRAIN_BATCH, k))
             return run.to_device(x), run.to_device(y)
-        loss = accumulate(model, scaler, run, get_batch, 1, checkpoint_activations)
+        losses = accumulate(model, scaler, run, get_batch, 1, checkpoint_activations)
         update(params, opt, scaler, run, grad_clip=1.0)
-        return loss
+        return losses[0]
     return raw_model, step
 
 

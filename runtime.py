@@ -205,9 +205,9 @@ class Runtime(NamedTuple):
             dist.all_reduce(tensor)
         return tensor
 
-    def mean(self, tensor: torch.Tensor) -> float:
-        """The mean of a scalar over the processes, read from the device."""
-        return self.all_reduce_sum(tensor / self.world_size).item()
+    def mean(self, losses: torch.Tensor) -> float:
+        """The mean of losses (N,), each filled in by one process and 0 elsewhere, read from the device."""
+        return self.all_reduce_sum(losses.clone()).mean().item()
 
     def any_process(self, flag: bool) -> bool:
         """Whether the flag is true in any of the processes. They agree on the CPU: no GPU is waited for."""

@@ -432,7 +432,7 @@ def evaluate(model, run, get_batch, stop_requested):
             if k < eval_iters:
                 with run.autocast():
                     _, losses[k] = model(*get_batch(split, purpose, k), return_logits=False)
-        means[f'{split}_loss'] = run.all_reduce_sum(losses).mean().item()
+        means[f'{split}_loss'] = run.mean(losses)
     model.train()
     return means
 
@@ -441,21 +441,20 @@ def accumulate(model, scaler, run, get_batch, n_batches, checkpoint_activations=
     """Add up the gradient of an update over n_batches micro-batches, which the processes share.
 
     get_batch(i): inputs and targets of micro-batch i, (B, T) int64 each. checkpoint_activations: see
-    GPT.forward. Returns the mean loss, of which each process has a part: run.mean() makes it whole. It is a
-    scalar on the device, which is not waited for.
+    GPT.forward. Returns the losses (n_batches,) on the device, which is not waited for; each process has
+    filled in its own, and run.mean() gives their mean.
     """
+    losses = torch.zeros(n_batches, device=run.device)
     share = n_batches / run.world_size                              # DDP averages the processes' gradients
-    own_batches = range(run.rank, n_batches, run.world_size)
-    losses = torch.zeros(len(own_batches), device=run.device)
-    for n, i in enumerate(own_batches):
+    for i in range(run.rank, n_batches, run.world_size):
         x, y = get_batch(i)
-        is_last = i == own_batches[-1]                              # processes exchange gradients once
+        is_last = i + run.world_size >= n_batches                   # processes exchange gradients once
         with nullcontext() if is_last or run.world_size == 1 else model.no_sync():
             with run.autocast():
                 _, loss = model(x, y, return_logits=False, checkpoint_activations=checkpoint_activations)
             scaler.scale(loss / share).backward()
-        losses[n] = loss.detach()
-    return losses.sum() / share
+        losses[i] = loss.detach()
+    return losses
 
 
 def update(params, optimizer, scaler, run, grad_clip):
@@ -531,10 +530,10 @@ def train():
             return run.any_process(signals.received)
 
         if eval_only:
-            losses = evaluate(model, run, get_batch, stop_requested)
-            if losses is not None:
-                check_finite(f"step {iter_num}", losses, last_saved)
-                log({'iter': iter_num, **losses, 'lr': set_rate(optimizer, iter_num)})
+            means = evaluate(model, run, get_batch, stop_requested)
+            if means is not None:
+                check_finite(f"step {iter_num}", means, last_saved)
+                log({'iter': iter_num, **means, 'lr': set_rate(optimizer, iter_num)})
             return
 
         peak_flops = runtime.peak_flops(run)
@@ -543,28 +542,28 @@ def train():
             lr = set_rate(optimizer, iter_num)
 
             # evaluate and save
-            losses = None
+            means = None
             if is_evaluated(iter_num):
-                losses = evaluate(model, run, get_batch, stop_requested)
-            if losses is not None:
-                check_finite(f"step {iter_num}", losses, last_saved)
-                is_best = losses['val_loss'] <= best_val_loss
-                best_val_loss = min(losses['val_loss'], best_val_loss)
-                log({'iter': iter_num, **losses, 'lr': lr})
+                means = evaluate(model, run, get_batch, stop_requested)
+            if means is not None:
+                check_finite(f"step {iter_num}", means, last_saved)
+                is_best = means['val_loss'] <= best_val_loss
+                best_val_loss = min(means['val_loss'], best_val_loss)
+                log({'iter': iter_num, **means, 'lr': lr})
                 if iter_num > 0:
                     save(is_best or always_save_checkpoint, keep_checkpoints)
                 if iter_num >= max_iters:
                     break
 
-            # the gradient, whose loss vouches for the weights: save them if it is time, and stop if asked to
+            # the gradient; its losses vouch for the weights: save them if it is time, and stop if asked to
             start_time = time.perf_counter()
-            loss = accumulate(ddp_model, scaler, run, get_micro_batch, gradient_accumulation_steps,
-                              checkpoint_activations)
+            losses = accumulate(ddp_model, scaler, run, get_micro_batch, gradient_accumulation_steps,
+                                checkpoint_activations)
             stop = stop_requested()
             is_due = save_interval > 0 and iter_num % save_interval == 0
             if (stop or is_due) and iter_num not in (0, last_saved):
                 where = f"interrupted at iteration {iter_num}" if stop else f"iteration {iter_num}"
-                check_finite(where, {'loss': run.mean(loss)}, last_saved, "It was not saved. ")
+                check_finite(where, {'loss': run.mean(losses)}, last_saved, "It was not saved. ")
                 save()
             if stop:
                 hint = "resume with --init_from=resume" if iter_num > 0 else "nothing to save"
@@ -577,7 +576,7 @@ def train():
             # log; only here the device is waited for
             is_logged = iter_num % log_interval == 0
             if is_logged or is_evaluated(iter_num + 1):
-                values = {'loss': run.mean(loss), 'gradient norm': norm.item()}
+                values = {'loss': run.mean(losses), 'gradient norm': norm.item()}
                 if run.dtype == 'float16':                          # whose scaler skips steps by itself
                     del values['gradient norm']
                 check_finite(f"iteration {iter_num}", values, last_saved, "Nothing was updated. ")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 os.environ['WANDB_MODE'] = 'offline'
 torch.set_num_threads(1)  # small kernels: a second thread costs more than it brings
+
+VOCAB_SIZE = len(set('\n'.join(topics.values())))  # of data/pydocs_char, whose text differs between Pythons
 
 # a model that trains in seconds
 TINY = dict(

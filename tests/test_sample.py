@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import TINY, arguments, error_line, run_script
+from conftest import TINY, VOCAB_SIZE, arguments, error_line, run_script
 from test_checkpoint import make_state
 from test_model import small
 
@@ -84,7 +84,7 @@ def test_a_moved_out_dir_samples_without_its_data(checkout, trained, tmp_path):
 
 
 @pytest.mark.parametrize('option, words', [
-    ('--start=naïve', ["'ï'", 'position 2', '103 characters']),
+    ('--start=naïve', ["'ï'", 'position 2', f'{VOCAB_SIZE} characters']),
     ('--start=FILE:nowhere.txt', ['nowhere.txt']),
     ('--start=', ['empty']),
     ('--stop=ab', ["'ab'", '2']),

@@ -10,6 +10,7 @@ import torch
 from conftest import (
     REPO,
     TINY,
+    VOCAB_SIZE,
     arguments,
     assert_close_losses,
     error_line,
@@ -36,7 +37,7 @@ from runtime import UserError, derive_seed
 def new_model():
     """The model that a run from scratch with run_train's settings starts with."""
     run = runtime.Runtime(torch.device('cpu'), 'float32', False)
-    model, _ = train.start_from_scratch({'vocab_size': 103}, run)
+    model, _ = train.start_from_scratch({'vocab_size': VOCAB_SIZE}, run)
     return model
 
 
@@ -62,7 +63,7 @@ def test_a_run_from_scratch(run_train, capsys):
 
     updates = [r for r in read_metrics(out_dir) if 'loss' in r]
     assert [r['iter'] for r in updates] == list(range(20))
-    assert updates[0]['loss'] == pytest.approx(math.log(103), abs=0.3)
+    assert updates[0]['loss'] == pytest.approx(math.log(VOCAB_SIZE), abs=0.3)
     assert all({'lr', 'grad_norm', 'ms'} <= r.keys() for r in updates)
     assert all('tokens_per_s' in r for r in updates[1:])
     assert 'tokens_per_s' not in updates[0]
@@ -91,7 +92,7 @@ def test_the_logged_loss_is_the_mean_over_micro_batches(run_train):
     data = load_split('data/pydocs_char', 'train', 32)
     expected = []
     for k in range(4):
-        x, y = draw_batch(data, 4, 32, 103, derive_seed(train.seed, runtime.TRAIN_BATCH, k))
+        x, y = draw_batch(data, 4, 32, VOCAB_SIZE, derive_seed(train.seed, runtime.TRAIN_BATCH, k))
         _, loss = model(x, y)
         expected.append(loss.item())
     assert read_metrics(out_dir)[1]['loss'] == pytest.approx(sum(expected) / 4, abs=1e-6)
