@@ -15,7 +15,7 @@ def save_gpt2(folder, std=0.2, **options):
     """A small GPT-2 of transformers, saved in folder. Its weights are large: the activation matters."""
     from transformers import GPT2Config, GPT2LMHeadModel
     torch.manual_seed(0)
-    sizes = dict(vocab_size=VOCAB_SIZE, n_positions=32, n_embd=48, n_layer=2, n_head=3)
+    sizes = dict(vocab_size=103, n_positions=32, n_embd=48, n_layer=2, n_head=3)
     peer = GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0, **sizes | options)).eval()
     with torch.no_grad():
         for p in peer.parameters():
@@ -28,9 +28,9 @@ def save_gpt2(folder, std=0.2, **options):
 def test_logits_equal_transformers(tmp_path, activation, gelu):
     peer = save_gpt2(tmp_path, activation_function=activation)
     model = GPT.from_pretrained(tmp_path)
-    assert model.config == GPTConfig(32, VOCAB_SIZE, 2, 3, 48, 0.0, True, gelu=gelu)
+    assert model.config == GPTConfig(32, 103, 2, 3, 48, 0.0, True, gelu=gelu)
     for T in (1, 7, 32):
-        idx = random_ids(2, T, VOCAB_SIZE)
+        idx = random_ids(2, T, 103)
         torch.testing.assert_close(all_logits(model, idx), peer(idx).logits, rtol=1e-4, atol=1e-4)
     model.transformer.h[0].mlp.gelu = torch.nn.GELU('none' if gelu == 'tanh' else 'tanh')
     assert (all_logits(model, idx) - peer(idx).logits).abs().max() > 1e-3  # the other activation shows
@@ -86,7 +86,7 @@ def test_a_checkpoint_remembers_the_activation(tmp_path):
     args = checkpoint.model_args(model.config)
     assert args['gelu'] == 'tanh' and 'gelu' not in checkpoint.model_args(GPTConfig())
     again = checkpoint.build_model({'model': model.state_dict(), 'model_args': args}).eval()
-    idx = random_ids(1, 32, VOCAB_SIZE)
+    idx = random_ids(1, 32, 103)
     assert torch.equal(all_logits(again, idx), all_logits(model, idx))
 
 
@@ -94,7 +94,7 @@ def test_a_checkpoint_remembers_the_activation(tmp_path):
 
 def test_finetune_evaluate_and_resume(run_train, tmp_path, capsys):
     """On characters, with a GPT-2 of as many ids: a stand-in for OpenAI's GPT-2 and its BPE."""
-    save_gpt2(tmp_path / 'hf', std=0.02)
+    save_gpt2(tmp_path / 'hf', std=0.02, vocab_size=VOCAB_SIZE)
     run_train(init_from=str(tmp_path / 'hf'), eval_only=True)
     assert 'step 0: train loss' in capsys.readouterr().out
     out_dir = run_train(init_from=str(tmp_path / 'hf'), block_size=16, dropout=0.1)
