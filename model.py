@@ -84,8 +84,8 @@ def alibi_bias(slopes: torch.Tensor, i: torch.Tensor, S: int) -> torch.Tensor:
     That is -slope_h * (i - j) for key j, and -inf where key j lies after query i.
     """
     i, j = i[:, None], torch.arange(S, device=i.device)             # (T, 1) and (S,)
-    distance = (i - j).float().masked_fill(j > i, math.inf)         # (T, S), how far j lies behind i
-    return -slopes.view(1, -1, 1, 1) * distance                     # (1, H, T, S)
+    bias = -slopes.view(1, -1, 1, 1) * (i - j)                      # (1, H, T, S)
+    return bias.masked_fill(j > i, -math.inf)                       # last, so that slopes can have a gradient
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -1,4 +1,6 @@
 """ALiBi against independent implementations: a naive loop, and the models in transformers."""
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -161,6 +163,17 @@ def test_flex_computes_the_bias_where_it_is_needed(monkeypatch):
     assert score.item() == pytest.approx(1.5 - slopes[1].item() * 4)
     with pytest.raises(ValueError, match='dropout'):
         attend(None, None, None, 0.1)
+
+
+def test_slopes_can_be_learned():
+    """Keys after the query add nothing, not nan, to the gradient of a model's own slopes."""
+    slopes = alibi_slopes(2).requires_grad_()
+    alibi_bias(slopes, torch.arange(3), 3).softmax(-1)[0, :, 2, 0].sum().backward()
+    expected = []
+    for slope in alibi_slopes(2).double().tolist():                 # of exp(-2 s) / (1 + exp(-s) + exp(-2 s))
+        a, b = math.exp(-slope), math.exp(-2 * slope)
+        expected.append((-2 * b * (1 + a + b) + b * (a + 2 * b)) / (1 + a + b) ** 2)
+    assert slopes.grad.tolist() == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.slow

@@ -1,9 +1,14 @@
 """The BPE data sets, with GPT-2's real vocabulary, offline: prepare, train and sample as a user does."""
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
-from conftest import REPO, TINY, arguments, error_line, run_script
+from conftest import REPO, TINY, arguments, environment, error_line, run_script
 from test_sample import texts
 
 TEXT = 'First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\n' * 60
@@ -46,6 +51,23 @@ def test_openwebtext_from_local_files(checkout, bpe_files, bpe, tmp_path, files)
     assert sorted(found) == sorted(documents)
     assert len(split_at_end(val)) == 1
     assert sum(len(bpe.encode_ordinary(text)) + 1 for text in documents) == len(train) + len(val)
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_tokenizing_leaves_no_process(checkout, bpe_files, tmp_path):
+    """datasets has processes of its own, one of which ignores Ctrl-C."""
+    (tmp_path / 'docs.txt').write_text('hear me speak, first citizen\n' * 1_000_000)
+    command = [sys.executable, 'data/openwebtext/prepare.py', '--data_files', tmp_path / 'docs.txt',
+               '--num_proc=2']
+    process = subprocess.Popen(command, cwd=checkout, start_new_session=True, stderr=subprocess.PIPE,
+                               env=environment(**bpe_files, HF_HOME=str(tmp_path / 'hf')))
+    read = b''
+    while b'tokenizing train' not in read:
+        read += os.read(process.stderr.fileno(), 65536)
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=10)  # until none of them has stderr open any more
+    assert process.returncode == -signal.SIGINT and b'Traceback' not in errors, errors.decode()
 
 
 def split_at_end(ids):

@@ -128,8 +128,19 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def end_at_once(number: int, frame: object) -> None:
+    """Handle Ctrl-C: end this process and those of datasets, one of which ignores it."""
+    import multiprocess  # datasets' own
+    for process in multiprocess.active_children():
+        process.kill()
+    signal.signal(number, signal.SIG_DFL)
+    signal.raise_signal(number)
+
+
 if __name__ == '__main__':
     arguments = parse_arguments()
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, end_at_once)
     with one_line_errors(), preparing(here) as new:
         tokenizer(None)  # loads the vocabulary, or says what to do, before anything else is downloaded
         documents = load_documents(arguments.data_files, arguments.column, arguments.num_proc)
