@@ -38,7 +38,7 @@ import torch.nn.functional as F
 import runtime
 from dataset import draw_batch, load_meta, load_split
 from model import GPT, GPTConfig, alibi_bias, alibi_flex_attention
-from runtime import TRAIN_BATCH, UserError, derive_seed
+from runtime import UserError, derive_seed
 from train import MODEL_SETTINGS, accumulate, update
 
 # ---------------------------------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ def make_step(job: Job, use_alibi=False, use_rope=False, make_attention=None, op
     def step(k):
         def get_batch(i):
             x, y = draw_batch(job.data, job.batch_size, T, job.config.vocab_size,
-                              derive_seed(seed, TRAIN_BATCH, k))
+                              derive_seed(seed, runtime.TRAIN_BATCH, k))
             return run.to_device(x), run.to_device(y)
         losses = accumulate(model, scaler, run, get_batch, 1, checkpoint_activations)
         update(params, opt, scaler, run, grad_clip=1.0)
@@ -224,7 +224,7 @@ def make_plain_step(job: Job) -> tuple[GPT, Callable]:
         tokens = job.data
         if isinstance(tokens, np.memmap):
             tokens = np.memmap(tokens.filename, tokens.dtype, 'r')
-        rng = np.random.default_rng(derive_seed(seed, TRAIN_BATCH, k))
+        rng = np.random.default_rng(derive_seed(seed, runtime.TRAIN_BATCH, k))
         starts = rng.integers(len(tokens) - T, size=job.batch_size)
         x, y = stack(tokens, starts), stack(tokens, starts + 1)     # (B, T) each
         with run.autocast():

@@ -60,6 +60,11 @@ class GPTConfig:
         """What kind the model has, by name."""
         return 'ALiBi' if self.use_alibi else 'rotary positions' if self.use_rope else 'learned positions'
 
+    @property
+    def has_wpe(self) -> bool:
+        """Whether there are learned positions, which end at block_size."""
+        return not self.use_alibi and not self.use_rope
+
 
 # ---------------------------------------------------------------------------------------------------------
 # ALiBi
@@ -84,8 +89,9 @@ def alibi_bias(slopes: torch.Tensor, i: torch.Tensor, S: int) -> torch.Tensor:
     That is -slope_h * (i - j) for key j, and -inf where key j lies after query i.
     """
     i, j = i[:, None], torch.arange(S, device=i.device)             # (T, 1) and (S,)
-    bias = -slopes.view(1, -1, 1, 1) * (i - j)                      # (1, H, T, S)
-    return bias.masked_fill(j > i, -math.inf)                       # last, so that slopes can have a gradient
+    mask = torch.zeros_like(i - j, dtype=torch.float32).masked_fill(j > i, -math.inf)  # (T, S)
+    distance = (i - j).clamp(min=0).float()                         # not inf: slopes may have a gradient
+    return torch.addcmul(mask, -slopes.view(1, -1, 1, 1), distance)  # (1, H, T, S)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -124,7 +130,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: floa
     """
     T, S = q.size(2), k.size(2)
     if mask is None or q.device.type != 'cpu' or torch.compiler.is_exporting() or T <= 256:
-        is_causal = mask is None and bool(T == S)                   # torch.export makes T == S a SymBool
+        is_causal = True if mask is None and T == S else False      # tracers make T == S a SymBool
         return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout_p, is_causal=is_causal)
     # with a mask the CPU's kernel computes every key for every query; taking the queries in chunks spares it
     # the keys after the chunk (at T = 1024 a training step takes 1.11, not 1.29, of learned positions' time)
@@ -306,7 +312,7 @@ class GPT(nn.Module):
         if config.use_alibi:
             slopes = alibi_slopes(config.n_head) / config.alibi_scale
             self.register_buffer('slopes', slopes, persistent=False)  # (H,)
-        if not config.use_alibi and not config.use_rope:
+        if config.has_wpe:
             modules['wpe'] = nn.Embedding(config.block_size, config.n_embd)
         modules['drop'] = nn.Dropout(config.dropout)
         modules['h'] = nn.ModuleList(Block(config) for _ in range(config.n_layer))

@@ -202,7 +202,7 @@ def window_lengths(config, n_tokens):
     """The windows to measure, FACTORS times the trained length, and the longest that the data allows."""
     lengths = [int(factor * config.block_size) for factor in FACTORS]
     fitting = [W for W in lengths if W + 2 <= n_tokens]
-    if not config.use_alibi and not config.use_rope:
+    if config.has_wpe:
         print(f"learned positions end at block_size={config.block_size}: no longer window is measured")
         return lengths[:1], fitting[-1]
     if fitting != lengths:

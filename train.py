@@ -118,7 +118,9 @@ def check_settings(world_size):
     runtime.check_ranges(globals(), RANGES)
     if gradient_accumulation_steps < world_size:
         raise UserError(f"gradient_accumulation_steps={gradient_accumulation_steps} can't be shared by "
-                        f"{world_size} processes: make it a multiple of {world_size}")
+                        f"{world_size} processes: make it at least {world_size}, or better a multiple")
+    if not out_dir:
+        raise UserError("out_dir is empty: give the folder of the run, such as --out_dir=out")
     if optimizer not in ('adamw', 'muon'):
         raise UserError(f"optimizer must be adamw or muon, got {optimizer!r}")
     if optimizer == 'muon' and learning_rate == 0:
@@ -137,8 +139,8 @@ def check_init_from():
     elif init_from in checkpoint.GPT2_NAMES or Path(init_from).is_dir():
         check_switches({}, "GPT-2's weights with their position embeddings")
     elif init_from.endswith('.pt'):
-        raise UserError(f"init_from={init_from} is a file: to go back to it, move it to "
-                        f"{out_dir}/last.pt and use --init_from=resume")
+        raise UserError(f"init_from={init_from} is a file: to start with its weights give its folder; to go "
+                        f"back to a kept state move it to {out_dir}/last.pt and use --init_from=resume")
     else:
         raise UserError(f"init_from must be scratch, resume, auto, {', '.join(checkpoint.GPT2_NAMES)} or a "
                         f"folder, got {init_from!r}")
@@ -240,7 +242,7 @@ def start_from_weights(meta, run):
     saved = saved_model_settings(state)
     run.print(f"starting with the weights of {path}")
     print_differences(run, saved, kept=set(MODEL_SETTINGS) - {'block_size'})
-    if saved['use_alibi'] or saved['use_rope']:
+    if not GPTConfig(**saved).has_wpe:
         return checkpoint.build_model(state, dropout=dropout, block_size=block_size), {}
     if block_size > saved['block_size']:
         raise UserError(f"{path} has position embeddings for block_size={saved['block_size']}, not for "

@@ -1,3 +1,4 @@
+import importlib
 import shutil
 
 import pytest
@@ -217,3 +218,9 @@ def test_any_config_file(tmp_path, lines):
         assert has_the_types_of_the_defaults(configure([str(path)], DEFAULTS))
     except ConfigError as error:
         assert str(error) and '\n' not in str(error)
+
+
+@pytest.mark.parametrize('script', ['train', 'sample', 'sample_alibi_extrapolation', 'bench', 'export_hf'])
+def test_no_constant_is_taken_for_a_setting(script):
+    names = importlib.import_module(script).setting_names
+    assert names == [name.lower() for name in names]

@@ -312,6 +312,7 @@ def test_eval_only_evaluates_once_and_leaves_everything(run_train, capsys):
     (dict(out_dir='train.py'), ["can't write to train.py"]),
     (dict(block_size=1_000_000), ['1000000']),
     (dict(block_size=0), ['block_size', '0']),
+    (dict(out_dir=''), ['out_dir is empty']),
     (dict(init_from='gpt2-xlarge'), ['gpt2-xl or a folder', "got 'gpt2-xlarge'"]),
 ])
 def test_mistakes_are_told(run_train, settings, words):
