@@ -18,9 +18,9 @@ with the llama.cpp of llama-cpp-python 0.3.36, on small random models: equal tok
 within 0.003 (its GELU is the tanh one, looked up in half precision).
 """
 import json
-import shutil
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 if __name__ == '__main__':  # python -I and -P leave this folder out; Ctrl-C ends the script at once
@@ -47,6 +47,7 @@ if __name__ == '__main__':
     exec(Path(__file__).resolve().with_name('configurator.py').read_text(encoding='utf-8'))
 
 
+MARK = 'exported_by_export_hf'    # a key of config.json: the folder may be replaced
 EXPORTED = {*checkpoint.NANOGPT_ARGS, 'gelu', 'use_alibi', 'alibi_scale'}  # a model with more can't be
 
 
@@ -162,13 +163,12 @@ def edit_json(path, **changes):
 
 
 def check_target(target, export):
-    """Raise UserError unless target is missing, or holds only files that the export replaces."""
-    if target.is_dir():
-        others = {path.name for path in target.iterdir()} - {path.name for path in export.iterdir()}
-        if others:
-            raise UserError(f"{target} is not an export, it holds {', '.join(sorted(others)[:3])}: choose "
-                            "another --hf_dir, or remove it")
-    elif target.exists():
+    """Raise UserError unless target is missing, empty, or an export with no other files than this one's."""
+    names = {path.name for path in target.iterdir()} if target.is_dir() else set()
+    is_export = 'config.json' in names and MARK in (target / 'config.json').read_text(errors='replace')
+    if names and not (is_export and names <= {path.name for path in export.iterdir()}):
+        raise UserError(f"{target} is not an export, or not only one: choose another --hf_dir, or remove it")
+    if target.is_file():
         raise UserError(f"{target} is a file: choose another --hf_dir")
 
 
@@ -189,22 +189,25 @@ def export():
     convert = to_mpt if model.config.use_alibi else to_gpt2
     peer = convert(model, end_id)
     check_equal(model, peer)
-    temporary = target.with_name(target.name + '.tmp')
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        peer.save_pretrained(temporary)
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"can't write to {target}: {error}") from error
+    with tempfile.TemporaryDirectory(prefix='.export-', dir=target.parent) as temporary:
+        new = Path(temporary) / 'new'
+        peer.save_pretrained(new)
+        edit_json(new / 'config.json', **{MARK: True})
         if model.config.use_alibi:                                  # as its authors and llama.cpp spell it
-            edit_json(temporary / 'config.json', architectures=['MPTForCausalLM'])
+            edit_json(new / 'config.json', architectures=['MPTForCausalLM'])
         tokenizer = char_tokenizer(meta) if meta else bpe_tokenizer()
-        tokenizer.save_pretrained(temporary)
+        tokenizer.save_pretrained(new)
         # transformers 4 knows it by this name only
-        edit_json(temporary / 'tokenizer_config.json', tokenizer_class='PreTrainedTokenizerFast')
-        (temporary / 'README.md').write_text(model_card(state, target.name), encoding='utf-8')
-        check_target(target, temporary)
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        edit_json(new / 'tokenizer_config.json', tokenizer_class='PreTrainedTokenizerFast')
+        (new / 'README.md').write_text(model_card(state, target.name), encoding='utf-8')
+        check_target(target, new)
+        if target.exists():
+            target.rename(Path(temporary) / 'old')
+        new.rename(target)
     print(f"{path}, iteration {state.get('iter_num')} -> {target}: {type(peer).__name__}, "
           f"{peer.num_parameters() / 1e6:.2f}M parameters")
 

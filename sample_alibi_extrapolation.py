@@ -409,7 +409,16 @@ def plot(results, path):
 def run_script(*arguments):
     """Run a script of this repository. Raises UserError if it fails."""
     print('\n$ python ' + ' '.join(arguments), flush=True)
-    if subprocess.run([sys.executable, *arguments]).returncode:
+    before = signal.getsignal(signal.SIGINT)
+    if before == signal.SIG_DFL:                                    # Ctrl-C must not leave the script behind
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        status = subprocess.run([sys.executable, *arguments]).returncode
+    except KeyboardInterrupt:                                       # by now it has ended, or was killed
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
+    if status:
         raise UserError(f"{arguments[0]} failed: see above")
 
 

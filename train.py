@@ -540,6 +540,7 @@ def train():
 
         peak_flops = runtime.peak_flops(run)
         seconds = []                                                # of each iteration since the last log
+        stop = False
         while True:
             lr = set_rate(optimizer, iter_num)
 
@@ -547,6 +548,9 @@ def train():
             means = None
             if is_evaluated(iter_num):
                 means = evaluate(model, run, get_batch, stop_requested)
+                if means is None and iter_num in (0, last_saved):   # interrupted, and nothing is lost
+                    stop = True
+                    break
             if means is not None:
                 check_finite(f"step {iter_num}", means, last_saved)
                 is_best = means['val_loss'] <= best_val_loss
@@ -568,9 +572,7 @@ def train():
                 check_finite(where, {'loss': run.mean(losses)}, last_saved, "It was not saved. ")
                 save()
             if stop:
-                hint = "resume with --init_from=resume" if iter_num > 0 else "nothing to save"
-                run.print(f"interrupted at iteration {iter_num}: {hint}")
-                return
+                break
 
             # the update
             norm = update(params, optimizer, scaler, run, grad_clip)
@@ -598,8 +600,12 @@ def train():
 
             iter_num += 1
 
-        run.print(f"done: {iter_num} iterations, best val loss {best_val_loss:.4f}, curve in "
-                  f"{out_dir}/loss.png\nnext: python sample.py --out_dir={out_dir}")
+        if stop:
+            hint = "resume with --init_from=resume" if iter_num > 0 else "nothing to save"
+            run.print(f"interrupted at iteration {iter_num}: {hint}")
+        else:
+            run.print(f"done: {iter_num} iterations, best val loss {best_val_loss:.4f}, curve in "
+                      f"{out_dir}/loss.png\nnext: python sample.py --out_dir={out_dir}")
 
 
 if __name__ == '__main__':

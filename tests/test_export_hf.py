@@ -149,9 +149,13 @@ def test_other_folders_are_left_alone(checkout, tmp_path):
     assert 'is not an export' in error_line(export(checkout, tmp_path, small(), status=1))
     assert (tmp_path / 'hf/thesis.txt').read_text() == 'years of work'
     (tmp_path / 'hf/thesis.txt').unlink()
+    assert 'is not an export' in error_line(export(checkout, tmp_path, small(), status=1))
+    assert (tmp_path / 'hf/config.json').read_text() == '{}'  # somebody else's model
     (tmp_path / 'hf/config.json').unlink()
-    (tmp_path / 'hf').rmdir()
-    export(checkout, tmp_path, small())
+    export(checkout, tmp_path, small())  # an empty folder
+    (tmp_path / 'hf/notes.txt').write_text('mine')
+    assert 'or not only one' in error_line(export(checkout, tmp_path, small(), status=1))
+    (tmp_path / 'hf/notes.txt').unlink()
     export(checkout, tmp_path, small(seed=1))  # an export is replaced
     assert sorted(path.name for path in tmp_path.iterdir()) == ['hf', 'out']
     run_script(tmp_path / 'out', checkout / 'export_hf.py', '--out_dir=.')  # to ../hf-out

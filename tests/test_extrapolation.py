@@ -1,12 +1,15 @@
 import math
 import re
 import shutil
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, VOCAB_SIZE, arguments, error_line, run_script
+from conftest import TINY, VOCAB_SIZE, arguments, environment, error_line, run_script
 from test_checkpoint import make_state
 from test_model import small
 
@@ -259,3 +262,16 @@ def test_the_study_that_trains_its_own_models(checkout, tmp_path):
         state = checkpoint.load(fresh / 'out-extrapolation' / name / 'ckpt.pt')
         assert state['config']['use_alibi'] is use_alibi and state['config']['max_iters'] == 60
         assert state['config']['use_rope'] is (name == 'rotary')
+
+
+@pytest.mark.slow
+def test_an_interrupted_study_leaves_no_training_behind(checkout, tmp_path):
+    """Even if the signal is for the study alone."""
+    process = subprocess.Popen([sys.executable, SCRIPT, '--device=cpu'], cwd=checkout, start_new_session=True,
+                               env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    for line in process.stdout:
+        if line.startswith(b'step 0:'):
+            break
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=10)                                 # until no process has stdout open
+    assert process.returncode == -signal.SIGINT
