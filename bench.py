@@ -20,7 +20,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -36,10 +36,11 @@ import torch
 import torch.nn.functional as F
 
 import runtime
+from checkpoint import NANOGPT_ARGS
 from dataset import draw_batch, load_meta, load_split
 from model import GPT, GPTConfig, alibi_bias, alibi_flex_attention
 from runtime import UserError, derive_seed
-from train import MODEL_SETTINGS, accumulate, update
+from train import accumulate, update
 
 # ---------------------------------------------------------------------------------------------------------
 # settings
@@ -77,6 +78,8 @@ setting_names = [name for name, value in list(globals().items())
 _skip_unknown = True           # a training config's other settings are passed over
 GPT2_SIZES = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=12)
 CPU_SIZES = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12)
+SWITCHES = {field.name: field.default for field in fields(GPTConfig)    # what nanoGPT's model has not
+            if field.name in setting_names and field.name not in NANOGPT_ARGS}
 RANGES = {'blocks': (0, math.inf), 'steps': (0, math.inf), 'max_new_tokens': (0, math.inf),
           'vocab_size': (0, math.inf), 'seed': (0, math.inf), 'batch_size': (0, math.inf),
           'prompt_size': (1, math.inf), 'num_samples': (1, math.inf)}
@@ -95,7 +98,7 @@ class Job(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------
 # measuring
 
-def unless_it_fails(failed: list, name: str, action: Callable, *args):
+def skip_if_it_fails(failed: list, name: str, action: Callable, *args):
     """action(*args), or None with a note where it fails, so that what comes after it is still measured.
 
     Lack of memory is one line. Any other error keeps its traceback, and the name is added to `failed`.
@@ -103,8 +106,7 @@ def unless_it_fails(failed: list, name: str, action: Callable, *args):
     try:
         return action(*args)
     except Exception as error:
-        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if known or "can't allocate memory" in str(error) or 'out of memory' in str(error):
+        if runtime.is_out_of_memory(error):
             print(f"{name}: does not fit in memory")
         else:
             traceback.print_exc()
@@ -176,20 +178,26 @@ def explicit_alibi(slopes, T):
     return partial(explicit_attention, bias=alibi_bias(slopes, torch.arange(T, device=slopes.device), T))
 
 
-def make_model(job, use_alibi=False, use_rope=False):
-    """The model with weights drawn from the seed, on the device."""
+def make_model(job, **switches):
+    """The model with these SWITCHES, the others off, and weights drawn from the seed, on the device."""
     torch.manual_seed(derive_seed(seed, runtime.INIT))
-    return GPT(replace(job.config, use_alibi=use_alibi, use_rope=use_rope)).to(job.run.device)
+    return GPT(replace(job.config, **SWITCHES | switches)).to(job.run.device)
 
 
-def make_step(job: Job, use_alibi=False, use_rope=False, make_attention=None, optimizer='adamw',
-              checkpoint_activations=False) -> tuple[GPT, Callable]:
+def switches_as_set():
+    """The SWITCHES as the settings have them."""
+    return {name: globals()[name] for name in SWITCHES}
+
+
+def make_step(job: Job, make_attention=None, optimizer='adamw', checkpoint_activations=False,
+              **switches) -> tuple[GPT, Callable]:
     """The model, and a function that makes update k as train.py does and returns the loss.
 
-    make_attention(slopes, T): another way to compute ALiBi than the model's own. The others: as in train.py.
+    make_attention(slopes, T): another way to compute ALiBi than the model's own. switches: of make_model().
+    The others: as in train.py.
     """
     run, T = job.run, job.config.block_size
-    raw_model = make_model(job, use_alibi, use_rope)
+    raw_model = make_model(job, **switches)
     model = torch.compile(raw_model) if run.compile else raw_model
     if make_attention:
         model = partial(model, attend=make_attention(raw_model.slopes, T))
@@ -247,8 +255,9 @@ def kinds_of_step(job):
              'ALiBi': partial(make, use_alibi=True),
              'learned positions, Muon': partial(make, optimizer='muon'),
              'ALiBi, explicit scores': partial(make, use_alibi=True, make_attention=explicit_alibi)}
-    if use_rope:
-        kinds['rotary positions'] = partial(make, use_rope=True)
+    if switches_as_set() not in (SWITCHES, SWITCHES | {'use_alibi': True}):
+        name = job.config.positions                                 # such as rotary positions
+        kinds[name if name not in kinds else 'the settings'] = partial(make, **switches_as_set())
     if job.run.device.type == 'cuda' and job.run.compile and job.config.dropout == 0:
         kinds['ALiBi, FlexAttention'] = partial(make, use_alibi=True, make_attention=alibi_flex_attention)
     else:
@@ -312,7 +321,7 @@ def bench_training(job, attempt):
 def bench_generation(job, attempt):
     """Print the table of generation, with the cache and without."""
     run, config = job.run, job.config
-    model = make_model(job, use_alibi, use_rope).eval()
+    model = make_model(job, **switches_as_set()).eval()
     T = min(prompt_size, max(1, config.block_size // 2))            # within block_size, where the cache helps
     n = min(max_new_tokens, max(1, config.block_size - T))
     generator = torch.Generator().manual_seed(seed)
@@ -338,7 +347,7 @@ def bench_generation(job, attempt):
 def write_profile(job):
     """Trace five steps: print the ten most expensive operations, and write bench-trace.json."""
     run = job.run
-    _, step = make_step(job, use_alibi, use_rope, checkpoint_activations=checkpoint_activations)
+    _, step = make_step(job, checkpoint_activations=checkpoint_activations, **switches_as_set())
     activities = [torch.profiler.ProfilerActivity.CPU]
     order = 'self_cpu_time_total'
     if run.device.type == 'cuda':
@@ -371,9 +380,8 @@ def choose_job(run: runtime.Runtime) -> Job:
         meta = load_meta(folder)
         default = 65 if 'char' in folder.name else 50304
         n_ids = meta['vocab_size'] if meta else default
-    switches = {name: globals()[name] for name in MODEL_SETTINGS if name not in sizes}
     try:
-        config = GPTConfig(vocab_size=n_ids, dropout=dropout, **sizes, **switches)
+        config = GPTConfig(vocab_size=n_ids, dropout=dropout, bias=bias, **sizes, **switches_as_set())
     except ValueError as error:
         raise UserError(error) from error
     if real_data:
@@ -393,7 +401,7 @@ def bench():
     runtime.check_ranges(globals(), RANGES)
     job = choose_job(run)
     failed = []
-    attempt = partial(unless_it_fails, failed)
+    attempt = partial(skip_if_it_fails, failed)
     if blocks:
         bench_training(job, attempt)
     if profile:

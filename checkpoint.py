@@ -187,7 +187,7 @@ def check_vocabulary(state: dict, meta: dict | None, dataset: str) -> None:
     vocab_size = state['model_args']['vocab_size']
     if 'meta' in state and state['meta'] != meta:
         raise UserError(f"data/{dataset} has a different vocabulary from the checkpoint's training data"
-                        + hint)
+                        + (hint or ": prepare the old text again, or start a new run"))
     if meta and meta['vocab_size'] > vocab_size:
         raise UserError(f"data/{dataset} has {meta['vocab_size']} token ids, "
                         f"but the checkpoint's model has {vocab_size}{hint}")

@@ -96,7 +96,11 @@ def run_config_file(path: str, settings: dict, defaults: dict, skip_unknown: boo
     """The settings as a config file leaves them. It runs on a copy of them. Raises ConfigError."""
     if not os.path.isfile(path):                                    # False also for a name that is too long
         root = Path(__file__).resolve().parent
-        hint = f" in this folder: run the script in {root}" if os.path.isfile(root / path) else ''
+        configs = [f'config/{file.name}' for file in (root / 'config').glob('*.py')]
+        near = difflib.get_close_matches(path, configs, n=1, cutoff=0.8)
+        hint = f": did you mean {near[0]}?" if near else ''
+        if os.path.isfile(root / path):
+            hint = f" in this folder: run the script in {root}"
         raise ConfigError(f"no config file {path}{hint}")
     names = {**settings, '__file__': path}
     try:

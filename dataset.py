@@ -180,7 +180,8 @@ def missing(path: Path) -> str:
         return f"no {path}: run python {prepare} first"
     known = ', '.join(sorted(script.parent.name for script in path.parent.parent.glob('*/prepare.py')))
     if known:
-        return f"no {path}, and no {prepare} to make it: the data sets here are {known}"
+        return (f"no {path}, and no {prepare} to make it: the data sets here are {known}, and "
+                "data/prepare_text.py makes one of your own text")
     return f"no {path}, and no {prepare} to make it: run the script in the repository's root"
 
 

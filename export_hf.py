@@ -36,13 +36,14 @@ from runtime import UserError, one_line_errors
 
 # ---------------------------------------------------------------------------------------------------------
 # settings
-out_dir = 'out'                # the folder of a training run: ckpt.pt, else last.pt
+out_dir = 'out'                # the folder of a training run: ckpt.pt, else last.pt; or a checkpoint in it
 hf_dir = ''                    # the folder to make; if empty, hf-x beside out-x
 max_length = 65536             # with ALiBi, the longest sequence that transformers will accept
 # ---------------------------------------------------------------------------------------------------------
 setting_names = [name for name, value in list(globals().items())
                  if not name.startswith('_') and type(value) in (bool, int, float, str)]
 _skip_unknown = True           # a training config's other settings are passed over
+_plain_argument = 'out_dir'
 if __name__ == '__main__':
     exec(Path(__file__).resolve().with_name('configurator.py').read_text(encoding='utf-8'))
 
@@ -176,7 +177,7 @@ def export():
     """Write the folder, complete or not at all."""
     model, state, path = rundir.load_for_sampling(out_dir)
     meta = checkpoint.data_meta(state)
-    source = Path(out_dir).resolve()
+    source = path.parent.resolve()
     target = Path(hf_dir).resolve() if hf_dir else source.with_name('hf-' + source.name.removeprefix('out-'))
     end_id = None if meta else 50256                                # a character set has no end-of-text
     if model.config.use_rope:

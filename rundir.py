@@ -141,8 +141,11 @@ def load_for_resume(out_dir: str | Path) -> tuple[dict, Path]:
 
 
 def load_for_sampling(out_dir: str | Path) -> tuple[GPT, dict, Path]:
-    """The model in out_dir's ckpt.pt, else last.pt, in eval mode; the state; and the file it came from."""
-    path = find(out_dir, SAMPLE)
+    """The model in out_dir's ckpt.pt, else last.pt, in eval mode; the state; and the file it came from.
+
+    out_dir may be a checkpoint file, too.
+    """
+    path = Path(out_dir) if Path(out_dir).is_file() else find(out_dir, SAMPLE)
     state = checkpoint.load(path)
     return checkpoint.build_model(state).eval(), state, path
 

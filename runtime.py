@@ -45,14 +45,16 @@ NO_ACCESS = "choose a folder that can be written to"
 FILE_ERRORS = {errno.ENOSPC: FULL_DISK, errno.EDQUOT: FULL_DISK, errno.EFBIG: FULL_DISK,
                errno.EROFS: NO_ACCESS, errno.EACCES: NO_ACCESS, errno.EPERM: NO_ACCESS,
                errno.ENAMETOOLONG: "choose a shorter name"}
+LESS_MEMORY = ("Use less of it: a smaller batch_size (train.py: with more gradient_accumulation_steps, or "
+               "--checkpoint_activations=True), or fewer samples")
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Around a script's work: what is no bug of the script's ends it with one line and exit status 1.
 
-    That is a UserError, a file system that refuses a file, or output that nobody reads any more (which takes
-    no line). Anything else keeps its traceback.
+    That is a UserError, a file system that refuses a file, a lack of memory, or output that nobody reads any
+    more (which takes no line). Anything else keeps its traceback.
     Also makes stdout and stderr take any character, and what is printed to a closed one disappear.
     """
     for name in ('stdout', 'stderr'):
@@ -69,9 +71,12 @@ def one_line_errors() -> Iterator[None]:
         status = 1
     except Exception as error:
         remedy = FILE_ERRORS.get(system_errno(error))
-        if remedy is None:
+        if is_out_of_memory(error):
+            status = f"error: out of memory: {first_sentence(error)}. {LESS_MEMORY}"
+        elif remedy:
+            status = f"error: {in_one_line(error)}: {remedy}"
+        else:
             raise
-        status = f"error: {in_one_line(error)}: {remedy}"
     finally:
         try:
             sys.stdout.flush()
@@ -90,6 +95,12 @@ def system_errno(error: Exception) -> int | None:
     """What the operating system said, where the error is an OSError or that of a library written in Rust."""
     found = re.search(r'\(os error (\d+)\)', str(error))           # as in safetensors' and tokenizers'
     return int(found[1]) if found else getattr(error, 'errno', None)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the error says that the memory of the GPU or of the machine is too small."""
+    return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            or "can't allocate memory" in str(error) or 'out of memory' in str(error))
 
 
 def discard_output() -> None:

@@ -29,7 +29,7 @@ from runtime import UserError, derive_seed
 # ---------------------------------------------------------------------------------------------------------
 # settings
 init_from = 'resume'           # the checkpoint in out_dir; or gpt2, ..., gpt2-xl, or a folder with a GPT-2
-out_dir = 'out'                # the folder of a training run
+out_dir = 'out'                # the folder of a training run, or a checkpoint in it
 start = '\n'                   # the prompt, or FILE:name to read it from a file
 num_samples = 10               # how many texts
 max_new_tokens = 500           # in each sample
@@ -45,6 +45,7 @@ compile = False                # torch.compile the model, for all but a sample's
 setting_names = [name for name, value in list(globals().items())
                  if not name.startswith('_') and type(value) in (bool, int, float, str)]
 _skip_unknown = True           # a training config's other settings are passed over
+_plain_argument = 'out_dir'
 RANGES = {'num_samples': (1, math.inf), 'max_new_tokens': (1, math.inf), 'temperature': (0, math.inf),
           'top_k': (0, math.inf), 'seed': (0, math.inf)}
 if __name__ == '__main__':

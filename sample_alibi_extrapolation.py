@@ -476,7 +476,8 @@ def extrapolate():
         print_recall(results)
     if max(method.models[0].get_num_params() for method in methods) < 2e6:  # those of 3M do look back
         print('\n' + LIMITS)
-    plot(results, Path(folders[0]) / 'alibi_extrapolation.png')
+    first = Path(folders[0])
+    plot(results, (first.parent if first.is_file() else first) / 'alibi_extrapolation.png')
 
 
 if __name__ == '__main__':

@@ -121,6 +121,11 @@ def check_settings(world_size):
                         f"{world_size} processes: make it at least {world_size}, or better a multiple")
     if not out_dir:
         raise UserError("out_dir is empty: give the folder of the run, such as --out_dir=out")
+    if out_dir.startswith('~'):
+        raise UserError(f"out_dir={out_dir}: the shell left the ~ as it is, write $HOME")
+    if Path(dataset).is_dir() and not (Path('data') / dataset).is_dir():
+        raise UserError(f"dataset is the name of a folder in data/, got {dataset!r}: use "
+                        f"--dataset={Path(dataset).name}")
     if optimizer not in ('adamw', 'muon'):
         raise UserError(f"optimizer must be adamw or muon, got {optimizer!r}")
     if optimizer == 'muon' and learning_rate == 0:
@@ -230,6 +235,8 @@ def start_from_weights(meta, run):
     Without learned positions block_size may be larger than the weights' own: train short, go on long.
     """
     if not rundir.has_state(init_from):
+        for split in ('train', 'val'):                              # before a download that may take minutes
+            load_split(Path('data') / dataset, split, block_size=1)
         model = checkpoint.pretrained(init_from, dropout)
         if meta and meta['vocab_size'] > model.config.vocab_size:
             raise UserError(f"data/{dataset} has {meta['vocab_size']} token ids, but {init_from} has "
@@ -293,6 +300,16 @@ def load_data(saved, T):
         raise UserError(f"data/{dataset} has changed since the checkpoint ({', '.join(changed)}): resume "
                         "with the old data, or on the new data with --allow_new_data=True")
     return splits, data
+
+
+def best_so_far(saved, data, T, run):
+    """The best val loss of the run: inf for a new one, or if it was measured on other data or lengths."""
+    best = float(saved.get('best_val_loss', math.inf))
+    if saved and (data != saved.get('data', data) or T != saved['model_args']['block_size']):
+        run.print(f"the best val loss, {best:.4f}, was measured on other data or at another block_size: it "
+                  "no longer counts")
+        return math.inf
+    return best
 
 
 # what is said of a run
@@ -495,7 +512,7 @@ def train():
         # where the run stands
         iter_num = first_iter = saved.get('iter_num', 0)
         last_saved = iter_num if saved else None
-        best_val_loss = float(saved.get('best_val_loss', math.inf))
+        best_val_loss = best_so_far(saved, data, T, run)
         wandb_id = saved.get('wandb_id') or os.urandom(4).hex()     # a resumed run continues the same one
         config = {name: globals()[name] for name in setting_names}
         config |= {key: getattr(raw_model.config, key) for key in MODEL_SETTINGS}
@@ -533,9 +550,13 @@ def train():
 
         if eval_only:
             means = evaluate(model, run, get_batch, stop_requested)
-            if means is not None:
-                check_finite(f"step {iter_num}", means, last_saved)
-                log({'iter': iter_num, **means, 'lr': set_rate(optimizer, iter_num)})
+            if means is None:
+                run.print("interrupted: nothing was evaluated")
+                return
+            check_finite(f"step {iter_num}", means, last_saved)
+            log({'iter': iter_num, **means, 'lr': set_rate(optimizer, iter_num)})
+            if start is start_from_scratch:
+                run.print("these weights are not trained: --init_from=resume evaluates those in out_dir")
             return
 
         peak_flops = runtime.peak_flops(run)

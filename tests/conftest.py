@@ -39,9 +39,9 @@ def checkout(tmp_path_factory):
     for path in REPO.glob('*.py'):
         shutil.copy(path, folder)
     shutil.copytree(REPO / 'config', folder / 'config', ignore=shutil.ignore_patterns('__pycache__'))
-    for path in REPO.glob('data/*/*.py'):
+    for path in REPO.glob('data/**/*.py'):
         copy = folder / path.relative_to(REPO)
-        copy.parent.mkdir(parents=True)
+        copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, copy)
     run_script(folder, 'data/pydocs_char/prepare.py')
     return folder

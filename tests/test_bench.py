@@ -138,7 +138,7 @@ def test_a_side_that_fails_in_its_turn_is_left_out(capsys):
 
     failed = []
     sides = {name: partial(step, name) for name in calls}
-    times = bench.alternate(sides, 3, 2, attempt=partial(bench.unless_it_fails, failed))
+    times = bench.alternate(sides, 3, 2, attempt=partial(bench.skip_if_it_fails, failed))
     assert calls == {'a': [0, 1, 2, 3, 4, 5], 'b': [0, 1, 2, 3], 'c': [0, 1, 2, 3, 4, 5]}
     assert {name: len(seconds) for name, seconds in times.items()} == {'a': 3, 'c': 3}
     assert failed == []
@@ -147,10 +147,10 @@ def test_a_side_that_fails_in_its_turn_is_left_out(capsys):
 
 def test_errors_of_memory(capsys):
     failed = []
-    assert bench.unless_it_fails(failed, 'sum', lambda y: y + 1, 1) == 2
-    assert bench.unless_it_fails(failed, 'array', np.empty, 2**50) is None
-    assert bench.unless_it_fails(failed, 'tensor', torch.empty, 2**50) is None
-    assert bench.unless_it_fails(failed, 'shape', torch.empty, -1) is None
+    assert bench.skip_if_it_fails(failed, 'sum', lambda y: y + 1, 1) == 2
+    assert bench.skip_if_it_fails(failed, 'array', np.empty, 2**50) is None
+    assert bench.skip_if_it_fails(failed, 'tensor', torch.empty, 2**50) is None
+    assert bench.skip_if_it_fails(failed, 'shape', torch.empty, -1) is None
     assert failed == ['shape']
 
 

@@ -119,12 +119,11 @@ def test_shakespeare_in_bpe(checkout, bpe_files):
 
 @pytest.mark.slow
 def test_train_and_sample_in_bpe(checkout, bpe_files, bpe, tmp_path):
-    """Your own data in BPE, as the README shows it; a prompt and a stop token of '<|endoftext|>'."""
+    """Your own data in BPE; a prompt and a stop token of '<|endoftext|>'."""
+    (tmp_path / 'my.txt').write_text(TEXT, encoding='utf-8')
+    prepare = ['data/prepare_text.py', tmp_path / 'my.txt', '--dataset=mine', '--bpe']
+    run_script(checkout, *prepare, env=bpe_files)
     folder = checkout / 'data/mine'
-    folder.mkdir()
-    (folder / 'input.txt').write_text(TEXT, encoding='utf-8')
-    (folder / 'prepare.py').write_text(readme_example().replace('write_char_dataset', 'write_bpe_dataset'))
-    run_script(checkout, 'data/mine/prepare.py', env=bpe_files)
     assert bpe.decode(read_ids(folder, 'train') + read_ids(folder, 'val')) == TEXT
     out_dir = tmp_path / 'out'
     settings = TINY | dict(dataset='mine', out_dir=out_dir)
@@ -134,20 +133,6 @@ def test_train_and_sample_in_bpe(checkout, bpe_files, bpe, tmp_path):
     streamed = texts(bpe_sample(checkout, out_dir, bpe_files, '--start=“naïve” 🙂', stream=True))
     assert streamed == texts(bpe_sample(checkout, out_dir, bpe_files, '--start=“naïve” 🙂'))
     assert all(text.startswith('“naïve” 🙂') for text in streamed)
-
-
-def test_your_own_characters_as_the_readme_shows(checkout):
-    folder = checkout / 'data/mine_char'
-    folder.mkdir()
-    (folder / 'input.txt').write_text(TEXT, encoding='utf-8')
-    (folder / 'prepare.py').write_text(readme_example())
-    assert f'{len(TEXT):,} characters' in run_script(checkout, 'data/mine_char/prepare.py')
-
-
-def readme_example():
-    """The prepare.py in the README, for characters; it names the other function for GPT-2's tokens."""
-    block = (REPO / 'README.md').read_text(encoding='utf-8').split('```python\n')[1]
-    return block.split('```')[0]
 
 
 def bpe_sample(checkout, out_dir, env, *options, **settings):

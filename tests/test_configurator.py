@@ -54,6 +54,7 @@ def test_good_arguments(arguments, expected):
     (['--max_iters'], ['max_iters', 'needs a value']),
     (['--max_iters', '--bias=True'], ['max_iters', 'needs a value']),
     (['config/none.py'], ['config/none.py']),
+    (['config/train_gpt.py'], ['did you mean config/train_gpt2.py?']),
     (['x' * 300 + '.py'], ['xxx.py']),
     (['--max_iters=' + '9' * 20], ['max_iters', '64 bits']),
     (['train_shakespeare'], ['train_shakespeare', '.py']),

@@ -39,7 +39,7 @@ SMALL = {
     'bench.py': [*SMALL_MODEL, '--blocks=1', '--steps=1', '--max_new_tokens=2', '--compile=False'],
     'export_hf.py': [],
     'data/pycode_char/prepare.py': [],
-    'data/mine/prepare.py': [],
+    'data/prepare_text.py': [],
     'sample_alibi_extrapolation.py': ['--sliding_targets=20', '--device=cpu'],
 }
 
@@ -73,17 +73,14 @@ def small(arguments):
 
 @pytest.fixture(scope='module')
 def folder(checkout, bpe_files, tmp_path_factory):
-    """A checkout before anything is prepared, with the README's own prepare.py and stand-ins for GPT-2."""
+    """A checkout before anything is prepared, with a reader's own text and stand-ins for downloads."""
     folder = tmp_path_factory.mktemp('documents') / 'checkout'
     shutil.copytree(checkout, folder, ignore=shutil.ignore_patterns('*.bin', '*.pkl', '__pycache__'))
     text = ''.join(f"ROMEO: Thou art no. {i}, First Citizen.\n" for i in range(3000))
     (folder / 'prompt.txt').write_text("First ")
     (folder / 'corpus').mkdir()
     (folder / 'corpus/a.jsonl').write_text(400 * (json.dumps({'text': text[:200]}) + '\n'))
-    (folder / 'data/mine').mkdir(exist_ok=True)
-    (folder / 'data/mine/input.txt').write_text(text)
-    example = re.search(r'```python\n(.*?)```', (REPO / 'README.md').read_text(encoding='utf-8'), re.DOTALL)
-    (folder / 'data/mine/prepare.py').write_text(example.group(1))
+    (folder / 'my.txt').write_text(text)
     write_char_dataset(folder / 'data/shakespeare_char', text)      # as if each prepare.py had a network
     for name in ('shakespeare', 'openwebtext', 'fineweb'):
         for split in ('train', 'val'):

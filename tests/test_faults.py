@@ -120,10 +120,11 @@ def test_a_signal_before_the_first_iteration(run_train, monkeypatch, capfd):
     assert not (out_dir / 'last.pt').exists()
 
 
-def test_a_signal_during_eval_only_trains_nothing(run_train, monkeypatch):
+def test_a_signal_during_eval_only_trains_nothing(run_train, monkeypatch, capsys):
     send_signal_at(monkeypatch, index=1)
     monkeypatch.setattr(train, 'accumulate', None)
     assert not (run_train(eval_only=True) / 'last.pt').exists()
+    assert 'interrupted: nothing was evaluated' in capsys.readouterr().out
 
 
 def test_a_second_signal_ends_at_once(checkout, tmp_path):

@@ -107,6 +107,12 @@ def test_finetune_evaluate_and_resume(run_train, tmp_path, capsys):
     assert checkpoint.load(tmp_path / 'long/last.pt')['model_args']['block_size'] == 32
 
 
+def test_the_data_is_looked_for_before_the_weights(run_train, monkeypatch):
+    monkeypatch.setattr(checkpoint, 'pretrained', None)
+    with pytest.raises(UserError, match='no data/shakespeare/train.bin: run python data/shakespeare/'):
+        run_train(init_from='gpt2-xl', dataset='shakespeare')
+
+
 @pytest.mark.parametrize('settings, words', [
     (dict(use_alibi=True), 'use_alibi.*position embeddings'),
     (dict(use_rope=True), 'use_rope.*position embeddings'),

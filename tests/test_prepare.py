@@ -43,6 +43,33 @@ def test_python_as_a_text(checkout, name, size, words):
     assert all(meta['stoi'][char] == i for i, char in meta['itos'].items())
 
 
+def test_your_own_text(fresh):
+    text = "naïve “quotes”, 日本\n" * 50
+    (fresh / 'my.txt').write_text('\ufeff' + text, encoding='utf-8')    # as an editor on Windows saves it
+    prepare = ['data/prepare_text.py', 'my.txt']
+    assert f'{len(text):,} characters' in run_script(fresh, *prepare, '--dataset=mine')
+    meta = load_meta(fresh / 'data/mine')
+    ids = [np.fromfile(fresh / f'data/mine/{split}.bin', dtype='<u2') for split in ('train', 'val')]
+    assert ''.join(meta['itos'][i] for i in np.concatenate(ids).tolist()) == text
+
+
+@pytest.mark.parametrize('content, name, words', [
+    (b'', 'mine', 'my.txt is empty'),
+    (b'caf\xe9', 'mine', "can't read my.txt: 'utf-8' codec can't decode byte 0xe9"),
+    (None, 'mine', "can't read my.txt"),
+    (b'text', 'pydocs_char', 'has a prepare.py of its own'),
+    *[(b'text', name, 'is the name of a folder in data/') for name in ('data/mine', '..', '', '/tmp')],
+])
+def test_what_is_no_text_of_your_own(fresh, content, name, words):
+    before = sorted(fresh.rglob('*'))
+    if content is not None:
+        (fresh / 'my.txt').write_bytes(content)
+    prepare = ['data/prepare_text.py', 'my.txt', f'--dataset={name}']
+    assert words in error_line(run_script(fresh, *prepare, status=1))
+    (fresh / 'my.txt').unlink(missing_ok=True)
+    assert sorted(fresh.rglob('*')) == before
+
+
 def test_shakespeare_missing_file(fresh):
     assert 'nowhere.txt' in error_line(run_script(fresh, SHAKESPEARE, '--input', 'nowhere.txt', status=1))
     assert prepared_files(fresh) == []

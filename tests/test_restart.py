@@ -18,6 +18,7 @@ from conftest import (
     torchrun,
 )
 
+import checkpoint
 import rundir
 import train
 from dataset import draw_batch, load_split, write_char_dataset
@@ -141,6 +142,20 @@ def test_other_data_is_refused_unless_allowed(run_train, checkout):
     with pytest.raises(UserError, match='data/changing has changed.*train, val.*allow_new_data'):
         run_train(dataset='changing', init_from='resume')
     run_train(dataset='changing', init_from='resume', allow_new_data=True)
+
+
+def test_another_val_loss_starts_anew(run_train, capsys):
+    """Or ckpt.pt would wait for a loss that may be out of reach on longer or other text."""
+    options = dict(always_save_checkpoint=False, max_iters=10)
+    out_dir = run_train(**options)
+    state = load_state(out_dir)
+    checkpoint.save(out_dir / 'last.pt', {**state, 'best_val_loss': 0.5})
+    run_train(**options | dict(max_iters=11), init_from='resume')
+    assert 'no longer counts' not in capsys.readouterr().out and load_state(out_dir)['best_val_loss'] == 0.5
+    run_train(**options | dict(max_iters=12), init_from='resume', block_size=16)
+    assert 'the best val loss, 0.5000, was measured on other data or at another' in capsys.readouterr().out
+    assert load_state(out_dir)['best_val_loss'] == evaluations(out_dir)[-1]['val_loss'] > 0.5
+    assert load_state(out_dir, 'ckpt.pt')['model_args']['block_size'] == 16
 
 
 def test_the_other_optimizer_is_refused_in_one_line(run_train):

@@ -34,6 +34,13 @@ def texts(output):
     return output.split('\n', 1)[1].split('\n---------------\n')[:-1]
 
 
+def test_out_dir_may_be_a_file(checkout, trained):
+    output = sample(checkout, trained / 'last.pt')
+    assert 'last.pt, iteration 20, ' in output and texts(output) == texts(sample(checkout, trained))
+    options = ['--num_samples=2', '--max_new_tokens=40', '--device=cpu']
+    assert run_script(checkout, 'sample.py', trained / 'last.pt', *options) == output
+
+
 def test_samples(checkout, trained):
     output = sample(checkout, trained)
     assert 'ckpt.pt, iteration 20, ' in output

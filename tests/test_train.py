@@ -291,7 +291,9 @@ def test_eval_only_evaluates_once_and_leaves_everything(run_train, capsys):
     assert output.count('val loss') == 1
     assert 'step 10:' in output
     assert 'iter ' not in output
+    assert 'not trained' not in output
     run_train(eval_only=True)  # from scratch too
+    assert 'these weights are not trained: --init_from=resume' in capsys.readouterr().out
     assert read_files() == before
 
 
@@ -313,6 +315,8 @@ def test_eval_only_evaluates_once_and_leaves_everything(run_train, capsys):
     (dict(block_size=1_000_000), ['1000000']),
     (dict(block_size=0), ['block_size', '0']),
     (dict(out_dir=''), ['out_dir is empty']),
+    (dict(out_dir='~/out'), ['~/out', 'write $HOME']),
+    (dict(dataset='data/pydocs_char'), ['a folder in data/', 'use --dataset=pydocs_char']),
     (dict(init_from='gpt2-xlarge'), ['gpt2-xl or a folder', "got 'gpt2-xlarge'"]),
 ])
 def test_mistakes_are_told(run_train, settings, words):
@@ -335,6 +339,12 @@ def test_the_script(checkout, tmp_path):
     assert "'n_head'" in line
     line = error_line(run_script(checkout, 'train.py', config, '--n_head=3', out_dir, status=1))
     assert 'n_embd=32, n_head=3' in line
+
+
+def test_a_lack_of_memory_is_one_line(checkout, tmp_path):
+    options = TINY | dict(n_embd=2**20, n_layer=1, out_dir=tmp_path / 'out')        # matrices of 13 TB
+    line = error_line(run_script(checkout, 'train.py', *arguments(**options), status=1))
+    assert 'out of memory: ' in line and 'smaller batch_size' in line
 
 
 def test_a_bug_keeps_its_traceback(checkout):
