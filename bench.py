@@ -255,9 +255,10 @@ def kinds_of_step(job):
              'ALiBi': partial(make, use_alibi=True),
              'learned positions, Muon': partial(make, optimizer='muon'),
              'ALiBi, explicit scores': partial(make, use_alibi=True, make_attention=explicit_alibi)}
-    if switches_as_set() not in (SWITCHES, SWITCHES | {'use_alibi': True}):
-        name = job.config.positions                                 # such as rotary positions
-        kinds[name if name not in kinds else 'the settings'] = partial(make, **switches_as_set())
+    others = [name for name, value in switches_as_set().items()
+              if name not in ('use_alibi', 'use_rope') and value != SWITCHES[name]]
+    name = ', '.join([job.config.positions, *others])               # of the model as the settings have it
+    kinds.setdefault(name, partial(make, **switches_as_set()))
     if job.run.device.type == 'cuda' and job.run.compile and job.config.dropout == 0:
         kinds['ALiBi, FlexAttention'] = partial(make, use_alibi=True, make_attention=alibi_flex_attention)
     else:
@@ -314,8 +315,10 @@ def bench_training(job, attempt):
         columns['MFU'] = {name: f"{mfu(name):.1%}" for name in times}
     print_table('training step', 'ms', times, job.batch_size * job.config.block_size, columns)
     print(f"{blocks} blocks of {n} steps of each kind in turn; the first step holds what is compiled")
-    if {'learned positions', 'learned positions, Muon'} <= times.keys():
-        print(f"Muon's step / AdamW's: {ratio(times, 'learned positions, Muon', 'learned positions')}")
+    for name in times:
+        base = name.split(', ')[0]
+        if base != name and base in times:
+            print(f"{name} / {base}: {ratio(times, name, base)}")
 
 
 def bench_generation(job, attempt):

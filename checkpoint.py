@@ -108,8 +108,16 @@ def build_model(state: dict, **overrides) -> GPT:
     return model
 
 
+def check_pretrained(name: str) -> None:
+    """Raise UserError for a folder without any weights."""
+    if Path(name).is_dir() and not (Path(name) / 'config.json').exists():
+        raise UserError(f"the folder {name} has no checkpoint (ckpt.pt, last.pt), and no GPT-2 that "
+                        "transformers saved (config.json)")
+
+
 def pretrained(name: str, dropout: float = 0.0) -> GPT:
     """GPT.from_pretrained(name). Raises UserError."""
+    check_pretrained(name)
     try:
         return GPT.from_pretrained(name, {'dropout': dropout})
     except ValueError as error:
@@ -187,7 +195,8 @@ def check_vocabulary(state: dict, meta: dict | None, dataset: str) -> None:
     vocab_size = state['model_args']['vocab_size']
     if 'meta' in state and state['meta'] != meta:
         raise UserError(f"data/{dataset} has a different vocabulary from the checkpoint's training data"
-                        + (hint or ": prepare the old text again, or start a new run"))
+                        + (hint or ": prepare the old text again")
+                        + ". A model knows only its own characters: on others, start a new one")
     if meta and meta['vocab_size'] > vocab_size:
         raise UserError(f"data/{dataset} has {meta['vocab_size']} token ids, "
                         f"but the checkpoint's model has {vocab_size}{hint}")

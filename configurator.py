@@ -61,8 +61,8 @@ def check_type(key: str, value: object, default: Setting) -> Setting:
         return value
     if default == 'auto' and isinstance(value, bool):
         return value
-    raise ConfigError(f"{key} takes a value of type {wanted.__name__}, such as {default!r}, "
-                      f"not {in_one_line(value)}")
+    example = "True or False" if wanted is bool else f"such as {default!r}"
+    raise ConfigError(f"{key} takes a value of type {wanted.__name__}, {example}, not {in_one_line(value)}")
 
 
 def parse_value(key: str, text: str, default: Setting) -> Setting:
@@ -136,12 +136,15 @@ def configure(arguments: list[str], defaults: dict, skip_unknown: bool = False,
             plain.append(argument)
             argument = f'--{plain_argument}=' + '\n'.join(plain)
         if not argument.startswith('--'):
-            raise ConfigError(f"unexpected {argument!r}: settings are --key=value, config files end in .py")
+            near = f": did you mean {argument}.py?" if os.path.isfile(f'{argument}.py') else ''
+            raise ConfigError(f"unexpected {argument!r}{near}: settings are --key=value, config files end in "
+                              ".py")
         key, equals, text = argument[2:].partition('=')
         check_key(key, settings)
         if not equals:
             if not arguments or arguments[0].startswith('--'):
-                raise ConfigError(f"--{key} needs a value, such as --{key}={settings[key]!r}")
+                example = not settings[key] if isinstance(settings[key], bool) else repr(settings[key])
+                raise ConfigError(f"--{key} needs a value, such as --{key}={example}")
             text = arguments.pop(0)
         settings[key] = parse_value(key, text, defaults[key])
         if key == plain_argument:

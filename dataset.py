@@ -178,8 +178,9 @@ def missing(path: Path) -> str:
     prepare = path.parent / 'prepare.py'
     if prepare.exists():
         return f"no {path}: run python {prepare} first"
-    known = ', '.join(sorted(script.parent.name for script in path.parent.parent.glob('*/prepare.py')))
-    if known:
+    files = [file for name in ('prepare.py', 'train.bin') for file in path.parent.parent.glob(f'*/{name}')]
+    if files:
+        known = ', '.join(sorted({file.parent.name for file in files}))
         return (f"no {path}, and no {prepare} to make it: the data sets here are {known}, and "
                 "data/prepare_text.py makes one of your own text")
     return f"no {path}, and no {prepare} to make it: run the script in the repository's root"

@@ -185,8 +185,8 @@ def export():
                         "has ALiBi")
     unknown = checkpoint.model_args(model.config).keys() - EXPORTED
     if unknown:
-        raise UserError(f"a model with {', '.join(sorted(unknown))} can't be exported: neither GPT-2 nor MPT "
-                        "computes it")
+        raise UserError(f"a model with {', '.join(sorted(unknown))} can't be exported: this script knows "
+                        "GPT-2 and MPT only")
     convert = to_mpt if model.config.use_alibi else to_gpt2
     peer = convert(model, end_id)
     check_equal(model, peer)

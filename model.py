@@ -34,7 +34,7 @@ class GPTConfig:
     use_alibi: bool = False  # linear attention biases, no position embeddings
     use_rope: bool = False   # rotary positions, no position embeddings
     gelu: str = 'erf'        # or 'tanh', the approximation that GPT-2's own weights were trained with
-    alibi_scale: float = 1.0  # ALiBi's slopes are divided by it: see alibi_slopes()
+    alibi_scale: float = 1.0  # ALiBi's slopes are divided by it: for longer texts, but see docs/alibi.md
 
     def __post_init__(self):
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
@@ -260,11 +260,11 @@ class CausalSelfAttention(nn.Module):
                 turn: Callable | None = None) -> torch.Tensor:
         """x (B, T, C) -> (B, T, C). attend: see GPT.forward. extend: adds the k and v of earlier tokens.
 
-        turn: rotates q and k by their positions.
+        turn: rotates q and k by their positions. The cache holds k after it.
         """
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1)
-        q, k, v = qkv.transpose(1, 3).unbind(2)                     # (B, H, T, D) each
+        q, k, v = qkv.transpose(1, 3).unbind(2)                     # (B, H, 3, T, D) -> (B, H, T, D) each
         if turn is not None:
             q, k = turn(q), turn(k)
         if extend is not None:

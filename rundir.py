@@ -5,7 +5,7 @@
     iter-000500.pt  older states, with keep_checkpoints; moved to last.pt, the run resumes from there
     metrics.jsonl   a line for each log and evaluation
     loss.png        the curves of metrics.jsonl
-    previous/       what an earlier run left here; previous-2/, ... where there was one already
+    previous/       what an earlier run left here, or one of other data; previous-2/, ... where there is one
 """
 import json
 import math
@@ -61,6 +61,16 @@ def set_aside(out_dir: str | Path, say: Callable = print) -> Path | None:
     return previous
 
 
+def keep_aside(out_dir: str | Path, say: Callable = print) -> None:
+    """Keep last.pt and ckpt.pt in previous/, previous-2/, ... too, so that replacing them loses nothing."""
+    previous = unused_name(Path(out_dir), 'previous')
+    previous.mkdir()
+    for name in RESUME:
+        if (Path(out_dir) / name).exists():
+            link_or_copy(Path(out_dir) / name, previous / name)
+    say(f"{out_dir}'s checkpoints are kept in {previous}, too")
+
+
 def unused_name(folder: Path, name: str) -> Path:
     """folder/name, or with -2, -3, ... behind it the first that is not there yet, as a link or otherwise."""
     path, number = folder / name, 1
@@ -80,8 +90,11 @@ def find(out_dir: str | Path, names: Iterable[str]) -> Path:
     for name in names:
         if (Path(out_dir) / name).exists():
             return Path(out_dir) / name
-    raise UserError(f"no {' or '.join(names)} in the folder {out_dir}: train a model with "
-                    f"--out_dir={out_dir} first")
+    if str(out_dir).endswith('.pt') or '\n' in str(out_dir):
+        raise UserError(f"no checkpoint {out_dir}")
+    runs = ', '.join(sorted({str(path.parent) for name in names for path in Path().glob(f'*/{name}')}))
+    hint = f"the runs here are {runs}" if runs else f"train a model with --out_dir={out_dir} first"
+    raise UserError(f"no {' or '.join(names)} in the folder {out_dir}: {hint}")
 
 
 # ---------------------------------------------------------------------------------------------------------

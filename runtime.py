@@ -226,6 +226,14 @@ class Runtime(NamedTuple):
             return flag
         return self.all_reduce_sum(torch.tensor(float(flag))).item() > 0
 
+    def agree(self, value: object) -> bool:
+        """Whether the value, by its repr, is the same in all processes."""
+        if self.world_size == 1:
+            return True
+        texts = [''] * self.world_size
+        dist.all_gather_object(texts, repr(value))
+        return len(set(texts)) == 1
+
     def distribute(self, model: torch.nn.Module) -> torch.nn.Module:
         """The model, in DistributedDataParallel if there are several processes. It broadcasts no buffers."""
         if self.world_size == 1:

@@ -1,6 +1,6 @@
 """Generate text with a trained GPT.
 
-    python sample.py --out_dir=out-shakespeare-char
+    python sample.py out-shakespeare-char                 or --out_dir=out-shakespeare-char
     python sample.py --out_dir=out-shakespeare-char --start="To be" --num_samples=1 --stream=True
     python sample.py --out_dir=out-shakespeare-char --start=FILE:prompt.txt --temperature=0
     python sample.py --init_from=gpt2-xl --start="The answer is" --num_samples=5 --max_new_tokens=100
@@ -30,7 +30,7 @@ from runtime import UserError, derive_seed
 # settings
 init_from = 'resume'           # the checkpoint in out_dir; or gpt2, ..., gpt2-xl, or a folder with a GPT-2
 out_dir = 'out'                # the folder of a training run, or a checkpoint in it
-start = '\n'                   # the prompt, or FILE:name to read it from a file
+start = '\n'                   # the prompt (a line break: $'\n' in bash), or FILE:name to read it from a file
 num_samples = 10               # how many texts
 max_new_tokens = 500           # in each sample
 temperature = 0.8              # 1: the model's own; below 1: less random; 0: always the likeliest token
@@ -55,14 +55,15 @@ if __name__ == '__main__':
 def check_settings():
     """Raise UserError for settings that can't be sampled with."""
     runtime.check_ranges(globals(), RANGES)
-    if init_from not in ('resume', *checkpoint.GPT2_NAMES) and not Path(init_from).is_dir():
+    if init_from not in ('resume', *checkpoint.GPT2_NAMES) and not Path(init_from).exists():
         raise UserError(f"init_from must be resume, {', '.join(checkpoint.GPT2_NAMES)} or a folder, "
-                        f"got {init_from!r}")
+                        f"and there is no folder {init_from!r}")
 
 
 def load_model():
     """The model in eval mode, its tokenizer, and a name for it."""
-    if init_from != 'resume' and not rundir.has_state(init_from):
+    is_run = init_from == 'resume' or Path(init_from).is_file() or rundir.has_state(init_from)
+    if not is_run:
         model = checkpoint.pretrained(init_from)
         return model, tokenizer(checkpoint.pretrained_meta(init_from, model)), init_from
     model, state, path = rundir.load_for_sampling(out_dir if init_from == 'resume' else init_from)

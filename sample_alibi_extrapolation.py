@@ -32,6 +32,7 @@ import rundir
 import runtime
 from dataset import atomic_write, load_meta, load_split, tokenizer
 from runtime import UserError, derive_seed
+from train import NO_MATTER
 
 # ---------------------------------------------------------------------------------------------------------
 # settings
@@ -212,17 +213,26 @@ def window_lengths(config, n_tokens):
 
 
 def load_methods(folders, run):
-    """The runs in the folders, those that differ only in their seed together."""
-    groups = {}
+    """The runs in the folders, those that differ only in their seed together. Raises UserError."""
+    groups, iterations = {}, set()
     for folder in folders:
         model, state, path = rundir.load_for_sampling(folder)
         print(f"{path}: {model.config.positions}, trained at {model.config.block_size} tokens, iteration "
               f"{state.get('iter_num')}, {model.get_num_params() / 1e6:.2f}M parameters")
         state.pop('optimizer', None)                                # and its memory
-        settings = {key: value for key, value in state['config'].items() if key not in ('seed', 'out_dir')}
+        iterations.add(state.get('iter_num'))
+        settings = {key: value for key, value in state['config'].items() if key not in ('seed', *NO_MATTER)}
+        start = state['config'].get('init_from', 'resume')
+        if start not in ('scratch', 'resume', 'auto'):              # those may all be one run's
+            settings['init_from'] = start
         group = groups.setdefault((repr(model.config), repr(settings)), Method(folder, [], []))
+        run_seed = state['config'].get('seed')
+        if run_seed is not None and run_seed in [other['config']['seed'] for other in group.states]:
+            raise UserError(f"{folder} has the settings and the seed of another run here: it adds nothing")
         group.models.append(model.to(run.device))
         group.states.append(state)
+    if len(iterations) > 1:
+        print(f"the models have made different numbers of updates: {', '.join(map(str, sorted(iterations)))}")
     kinds = [method.models[0].config.positions for method in groups.values()]
     methods = []
     for kind, method in zip(kinds, groups.values()):

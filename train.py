@@ -1,7 +1,7 @@
 """Train a GPT on a prepared data set, from scratch or from a checkpoint.
 
     python train.py config/train_shakespeare_char.py                      one GPU, or what there is
-    python train.py config/train_shakespeare_char_cpu.py --max_iters=500  any setting can be overridden
+    python train.py config/train_shakespeare_char_cpu.py --batch_size=32  any setting can be overridden
     python train.py config/train_shakespeare_char.py --init_from=resume   resume the run in out_dir
     python train.py config/train_shakespeare_char.py --init_from=auto     the same if there is one, else start
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
@@ -81,7 +81,7 @@ grad_clip = 1.0                # clip the gradient's norm to this; 0: no clippin
 # learning rate schedule
 decay_lr = True                # warm up and decay, or keep learning_rate throughout
 warmup_iters = 2000            # linear, from 0
-lr_decay_iters = 600000        # when min_lr is reached; about max_iters, as in Chinchilla
+lr_decay_iters = 600000        # when min_lr is reached; change it with max_iters, as in Chinchilla
 min_lr = 6e-5                  # about learning_rate / 10, as in Chinchilla
 # system
 seed = 1337                    # initial weights, batches and dropout follow from it
@@ -99,6 +99,9 @@ if __name__ == '__main__':
 
 MODEL_SETTINGS = [field.name for field in fields(GPTConfig)    # what a resumed run takes from its checkpoint
                   if field.name in setting_names and field.name != 'dropout']
+NO_MATTER = (                  # to the numbers of a run, so they may differ between its processes and resumes
+    'init_from', 'out_dir', 'eval_only', 'log_interval', 'save_interval', 'keep_checkpoints',
+    'allow_new_data', 'wandb_log', 'wandb_project', 'wandb_run_name', 'device', 'backend', 'timeout')
 RANGES = {                     # of settings: the lowest value, and what the value must be below
     'eval_interval': (1, math.inf), 'log_interval': (1, math.inf), 'eval_iters': (1, math.inf),
     'gradient_accumulation_steps': (1, math.inf), 'batch_size': (1, math.inf), 'block_size': (1, math.inf),
@@ -123,9 +126,12 @@ def check_settings(world_size):
         raise UserError("out_dir is empty: give the folder of the run, such as --out_dir=out")
     if out_dir.startswith('~'):
         raise UserError(f"out_dir={out_dir}: the shell left the ~ as it is, write $HOME")
-    if Path(dataset).is_dir() and not (Path('data') / dataset).is_dir():
-        raise UserError(f"dataset is the name of a folder in data/, got {dataset!r}: use "
-                        f"--dataset={Path(dataset).name}")
+    name = Path(dataset).name
+    if name != dataset and (Path('data') / name).is_dir() and not (Path('data') / dataset).is_dir():
+        raise UserError(f"dataset is the name of a folder in data/, got {dataset!r}: use --dataset={name}")
+    if Path(dataset).is_file():
+        raise UserError(f"dataset={dataset} is a text: first make tokens of it with python "
+                        f"data/prepare_text.py {dataset} --dataset=NAME")
     if optimizer not in ('adamw', 'muon'):
         raise UserError(f"optimizer must be adamw or muon, got {optimizer!r}")
     if optimizer == 'muon' and learning_rate == 0:
@@ -142,6 +148,7 @@ def check_init_from():
             raise UserError(f"init_from={init_from} is out_dir itself: use --init_from=resume to go on with "
                             "that run, or another --out_dir for a new one")
     elif init_from in checkpoint.GPT2_NAMES or Path(init_from).is_dir():
+        checkpoint.check_pretrained(init_from)
         check_switches({}, "GPT-2's weights with their position embeddings")
     elif init_from.endswith('.pt'):
         raise UserError(f"init_from={init_from} is a file: to start with its weights give its folder; to go "
@@ -154,8 +161,10 @@ def check_init_from():
 def check_switches(model_args, source):
     """Raise UserError for a switch of the model that is on, but not in the weights to start from."""
     for name in MODEL_SETTINGS:
+        if name in checkpoint.NANOGPT_ARGS:
+            continue
         value, default = globals()[name], getattr(GPTConfig, name)
-        if name not in checkpoint.NANOGPT_ARGS and value not in (default, model_args.get(name, default)):
+        if value not in (default, model_args.get(name, default)):
             raise UserError(f"{name}={value} can't go on from {source}, trained without it: use "
                             f"--{name}={default}, or start from something else")
 
@@ -219,12 +228,11 @@ def resume(meta, run):
     checkpoint.check_vocabulary(state, meta, dataset)
     if iter_num > max_iters and not eval_only:
         raise UserError(f"{path} was saved after {iter_num} iterations and max_iters={max_iters} is less: "
-                        "raise max_iters to train further")
+                        "raise max_iters (and lr_decay_iters) to train further")
     run.print(f"resuming from {path} at iteration {iter_num}")
     saved = saved_model_settings(state)
     cropped = {'block_size'} if block_size < saved['block_size'] else set()
-    if init_from == 'auto':                                         # it may be another run's folder
-        check_switches(state['model_args'], path)
+    check_switches(state['model_args'], path)
     print_differences(run, {**state['config'], **saved}, kept=set(MODEL_SETTINGS) - cropped)
     return checkpoint.build_model(state, dropout=dropout), state
 
@@ -267,7 +275,7 @@ def print_differences(run, saved, kept):
     """Print each setting that differs from the saved one, which counts for those in `kept`."""
     for key, old in saved.items():
         new = globals()[key] if key in setting_names else old
-        if old != new and key not in ('init_from', 'out_dir', 'device', 'backend', 'timeout', 'log_interval'):
+        if old != new and key not in NO_MATTER:
             note = ": the checkpoint's is used" if key in kept else ''
             run.print(f"{key}: {old!r} in the checkpoint, {new!r} now{note}")
 
@@ -302,14 +310,21 @@ def load_data(saved, T):
     return splits, data
 
 
-def best_so_far(saved, data, T, run):
-    """The best val loss of the run: inf for a new one, or if it was measured on other data or lengths."""
-    best = float(saved.get('best_val_loss', math.inf))
-    if saved and (data != saved.get('data', data) or T != saved['model_args']['block_size']):
-        run.print(f"the best val loss, {best:.4f}, was measured on other data or at another block_size: it "
-                  "no longer counts")
-        return math.inf
-    return best
+def check_processes(run, saved, data):
+    """Raise UserError if the processes, perhaps on machines with folders of their own, would part ways."""
+    settings = {name: globals()[name] for name in setting_names if name not in NO_MATTER}
+    state = [saved.get(key) for key in ('iter_num', 'wandb_id')]
+    if not run.agree([settings, data, state]):
+        raise UserError("the processes differ in their settings, their data or the checkpoint they resume "
+                        "from: all machines need the same command, data/ and out_dir (a shared disk)")
+
+
+def is_other_loss(saved, data, T):
+    """Whether the val loss is measured on other tokens than the checkpoint's, and can't be compared to it."""
+    return bool(saved) and (
+        data != saved.get('data', data) or T != saved['model_args']['block_size']
+        or any(saved['config'].get(name, globals()[name]) != globals()[name]
+               for name in ('batch_size', 'eval_iters', 'seed')))
 
 
 # what is said of a run
@@ -319,11 +334,13 @@ def print_plan(run, model, splits, T):
     config = model.config
     tokens = gradient_accumulation_steps * batch_size * T
     epochs = max_iters * tokens / len(splits['train'])
+    switches = [f', {name}={value}' for name, value in checkpoint.model_args(config).items()
+                if name not in (*checkpoint.NANOGPT_ARGS, 'use_alibi', 'use_rope')]
     plan = {
         'data': f"data/{dataset}, {len(splits['train']):,} train tokens, {len(splits['val']):,} val tokens",
         'model': f"{model.get_num_params() / 1e6:.2f}M parameters, {config.n_layer} layers, "
                  f"{config.n_head} heads, {config.n_embd} channels, vocabulary of {config.vocab_size}, "
-                 f"{config.positions}",
+                 f"{config.positions}{''.join(switches)}",
         'iteration': f"{tokens:,} tokens = {gradient_accumulation_steps} x {batch_size} x {T} "
                      f"(gradient_accumulation_steps x batch_size x block_size), by {optimizer}",
         'run': f"{max_iters:,} iterations = {epochs:.2f} epochs, evaluated every {eval_interval:,}"}
@@ -332,6 +349,9 @@ def print_plan(run, model, splits, T):
     if gradient_accumulation_steps % run.world_size:
         run.print(f"gradient_accumulation_steps={gradient_accumulation_steps} is not a multiple of "
                   f"{run.world_size} processes: some will wait for the others")
+    if decay_lr and max_iters > lr_decay_iters:
+        run.print(f"lr_decay_iters={lr_decay_iters} is less than max_iters={max_iters}: the iterations after "
+                  f"it have the learning rate min_lr={min_lr:g}")
 
 
 def log_line(record):
@@ -364,11 +384,18 @@ def check_finite(where, values, last_saved, note=''):
 
 
 @contextmanager
-def open_log(run, writes, config, wandb_id, iter_num, resumed):
-    """Enter out_dir and wandb's run. Gives a function that prints, stores, sends and draws a record."""
+def open_log(run, writes, config, wandb_id, iter_num, resumed, other_loss):
+    """Enter out_dir and wandb's run. Gives a function that prints, stores, sends and draws a record.
+
+    other_loss: what is the best in out_dir may be replaced by a worse state, so it is kept aside.
+    """
     with ExitStack() as stack:
         if writes:
             stack.enter_context(rundir.lock(out_dir))
+            if other_loss:
+                run.print("the val loss is measured on other tokens than before (data, block_size, "
+                          "batch_size, eval_iters or seed): the best so far no longer counts")
+                rundir.keep_aside(out_dir, run.print)
             if resumed:
                 rundir.drop_metrics(out_dir, iter_num, is_evaluated(iter_num), run.print)
             else:
@@ -502,6 +529,7 @@ def train():
         raw_model, saved = start(meta, run)
         T = min(block_size, raw_model.config.block_size)
         splits, data = load_data(saved, T)
+        check_processes(run, saved, data)
         raw_model.train().to(run.device)
         optimizer, scaler = make_optimizer(raw_model, saved, T, run)
         params = list(raw_model.parameters())
@@ -512,7 +540,8 @@ def train():
         # where the run stands
         iter_num = first_iter = saved.get('iter_num', 0)
         last_saved = iter_num if saved else None
-        best_val_loss = best_so_far(saved, data, T, run)
+        other_loss = is_other_loss(saved, data, T)
+        best_val_loss = math.inf if other_loss else float(saved.get('best_val_loss', math.inf))
         wandb_id = saved.get('wandb_id') or os.urandom(4).hex()     # a resumed run continues the same one
         config = {name: globals()[name] for name in setting_names}
         config |= {key: getattr(raw_model.config, key) for key in MODEL_SETTINGS}
@@ -521,7 +550,8 @@ def train():
         # what it does again and again
         signals = stack.enter_context(runtime.StopSignals())
         writes = run.is_master and not eval_only
-        log = stack.enter_context(open_log(run, writes, config, wandb_id, iter_num, start is resume))
+        log = stack.enter_context(open_log(run, writes, config, wandb_id, iter_num, start is resume,
+                                           other_loss))
 
         def save(is_best=False, keep=0):
             nonlocal last_saved
@@ -582,7 +612,8 @@ def train():
                 if iter_num >= max_iters:
                     break
 
-            # the gradient; its losses vouch for the weights: save them if it is time, and stop if asked to
+            # the gradient; a finite loss shows that the last update was good: save the weights if it is time,
+            # and stop if asked to
             start_time = time.perf_counter()
             losses = accumulate(ddp_model, scaler, run, get_micro_batch, gradient_accumulation_steps,
                                 checkpoint_activations)

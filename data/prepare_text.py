@@ -3,8 +3,9 @@
     python data/prepare_text.py FILE --dataset=mine          its characters, for a small model from scratch
     python data/prepare_text.py FILE --dataset=mine --bpe    GPT-2's tokens, for finetuning and large texts
 
-Writes train.bin (the first 90%), val.bin and, for characters, meta.pkl into data/mine, for train.py
---dataset=mine. FILE is UTF-8. A corpus of many documents: data/openwebtext/prepare.py --data_files.
+Writes train.bin (the first 90%), val.bin and, for characters, meta.pkl into data/mine, in place of what was
+there. Train on them with train.py --dataset=mine. FILE is UTF-8; line ends become newlines.
+For a corpus of many documents there is data/openwebtext/prepare.py --data_files.
 """
 import argparse
 import signal
@@ -23,10 +24,14 @@ def read_text(path: Path) -> str:
     """The text of a file. Raises UserError."""
     try:
         text = path.read_text(encoding='utf-8-sig')
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 ({error}): save it as UTF-8 first") from error
+    except OSError as error:
         raise UserError(f"can't read {path}: {error}") from error
-    if not text:
-        raise UserError(f"{path} is empty")
+    if '\0' in text:
+        raise UserError(f"{path} is not a text: it has zero bytes")
+    if len(text) < 1000:
+        raise UserError(f"{path} has only {len(text)} characters: a model needs thousands")
     return text
 
 
@@ -34,9 +39,11 @@ def make_folder(dataset: str) -> Path:
     """The folder data/<dataset>, made if it is not there. Raises UserError for a name that can't be one."""
     folder = data / dataset
     if folder.parent != data or dataset == '..' or folder.is_file():
-        raise UserError(f"--dataset is the name of a folder in data/, got {dataset!r}")
+        raise UserError(f"--dataset is the name of a folder in data/, such as mine, got {dataset!r}")
     if (folder / 'prepare.py').exists():
         raise UserError(f"{folder} has a prepare.py of its own: choose another name")
+    if (folder / 'train.bin').exists():
+        print(f"replacing {folder}: runs on the text before can't be resumed")
     folder.mkdir(exist_ok=True)
     return folder
 

@@ -33,7 +33,8 @@ def test_the_tables(checkout):
     generation = ('with the cache', 'without')
     for row in training + generation:
         assert re.search(f'^{row}{columns}', output, re.MULTILINE), row
-    assert re.search(r"^Muon's step / AdamW's: [\d.]+ \([\d.]+ to [\d.]+\)$", output, re.MULTILINE)
+    for name in ('learned positions, Muon / learned positions', 'ALiBi, explicit scores / ALiBi'):
+        assert re.search(rf'^{name}: [\d.]+ \([\d.]+ to [\d.]+\)$', output, re.MULTILINE), name
     assert 'ALiBi, FlexAttention: not measured: it needs CUDA' in output
     operations = re.findall(r'^ *\S.*?( +[\d.]+% +[\d.]+[mu]?s){2}', output, re.MULTILINE)
     assert len(operations) == 10

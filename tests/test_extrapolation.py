@@ -194,6 +194,7 @@ def test_several_folders(checkout, trained, tmp_path):
     assert [W for W, _ in table] == [32, 48, 64, 128, 256, 48, 64, 128, 256] * 2
     for (W, loss), (_, first), (_, second) in zip(table, *alone):
         assert loss == pytest.approx((first + second) / 2, abs=2e-4)
+    assert 'different numbers of updates' not in output
     assert f'ALiBi ({trained}/alibi), slopes divided' in output and f'ALiBi ({tmp_path}/other)' in output
     assert re.search(r'\n +224  +[\d.]+, [-\d.]+ ± [\d.]+ ', output)
 
@@ -231,6 +232,19 @@ def test_a_short_val_split_makes_a_smaller_table(checkout, trained):
 def test_a_mistake_gives_one_line(checkout, options, words):
     line = error_line(run_script(checkout, SCRIPT, *options, status=1))
     assert all(word in line for word in words), line
+
+
+def test_a_copy_is_no_other_seed_but_a_resumed_run_may_be(checkout, trained, tmp_path, capsys):
+    state = rundir.load_for_resume(trained / 'alibi')[0]
+    for name, more in (('copy', {}), ('resumed', dict(seed=7, init_from='resume', log_interval=5))):
+        (tmp_path / name).mkdir()
+        checkpoint.save(tmp_path / name / 'ckpt.pt', state | dict(config=state['config'] | more, iter_num=19))
+    folders = [trained / 'alibi', tmp_path / 'resumed']
+    methods = script.load_methods(folders, runtime.set_up('cpu'))
+    assert [len(method.models) for method in methods] == [2]
+    assert 'different numbers of updates: 19, 20' in capsys.readouterr().out
+    with pytest.raises(runtime.UserError, match='copy has the settings and the seed of another run'):
+        script.load_methods([*folders, tmp_path / 'copy'], runtime.set_up('cpu'))
 
 
 def test_another_vocabulary_is_refused(checkout, trained):

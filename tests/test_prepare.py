@@ -44,21 +44,24 @@ def test_python_as_a_text(checkout, name, size, words):
 
 
 def test_your_own_text(fresh):
-    text = "naïve “quotes”, 日本\n" * 50
+    text = "naïve “quotes”, 日本\n" * 80
     (fresh / 'my.txt').write_text('\ufeff' + text, encoding='utf-8')    # as an editor on Windows saves it
     prepare = ['data/prepare_text.py', 'my.txt']
     assert f'{len(text):,} characters' in run_script(fresh, *prepare, '--dataset=mine')
+    output = run_script(fresh, *prepare, '--dataset=mine')
+    assert f"replacing {fresh / 'data/mine'}: runs on the text before can't be resumed" in output
     meta = load_meta(fresh / 'data/mine')
     ids = [np.fromfile(fresh / f'data/mine/{split}.bin', dtype='<u2') for split in ('train', 'val')]
     assert ''.join(meta['itos'][i] for i in np.concatenate(ids).tolist()) == text
 
 
 @pytest.mark.parametrize('content, name, words', [
-    (b'', 'mine', 'my.txt is empty'),
-    (b'caf\xe9', 'mine', "can't read my.txt: 'utf-8' codec can't decode byte 0xe9"),
+    (b'', 'mine', 'my.txt has only 0 characters'),
+    (b'caf\xe9', 'mine', "my.txt is not UTF-8 ('utf-8' codec can't decode byte 0xe9"),
+    (b'text\0', 'mine', 'my.txt is not a text'),
     (None, 'mine', "can't read my.txt"),
-    (b'text', 'pydocs_char', 'has a prepare.py of its own'),
-    *[(b'text', name, 'is the name of a folder in data/') for name in ('data/mine', '..', '', '/tmp')],
+    (b'text ' * 200, 'pydocs_char', 'has a prepare.py of its own'),
+    *[(b'text ' * 200, name, 'is the name of a folder in data/') for name in ('data/mine', '..', '', '/tmp')],
 ])
 def test_what_is_no_text_of_your_own(fresh, content, name, words):
     before = sorted(fresh.rglob('*'))

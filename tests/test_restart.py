@@ -14,6 +14,7 @@ from conftest import (
     load_state,
     read_metrics,
     run_script,
+    same_tensors,
     same_weights,
     torchrun,
 )
@@ -144,18 +145,23 @@ def test_other_data_is_refused_unless_allowed(run_train, checkout):
     run_train(dataset='changing', init_from='resume', allow_new_data=True)
 
 
-def test_another_val_loss_starts_anew(run_train, capsys):
-    """Or ckpt.pt would wait for a loss that may be out of reach on longer or other text."""
+@pytest.mark.parametrize('change', [dict(block_size=16), dict(eval_iters=3)])
+def test_another_val_loss_starts_anew(run_train, capsys, change):
+    """Or ckpt.pt would wait for a loss that may be out of reach on other tokens. The old one is kept."""
     options = dict(always_save_checkpoint=False, max_iters=10)
     out_dir = run_train(**options)
     state = load_state(out_dir)
     checkpoint.save(out_dir / 'last.pt', {**state, 'best_val_loss': 0.5})
     run_train(**options | dict(max_iters=11), init_from='resume')
     assert 'no longer counts' not in capsys.readouterr().out and load_state(out_dir)['best_val_loss'] == 0.5
-    run_train(**options | dict(max_iters=12), init_from='resume', block_size=16)
-    assert 'the best val loss, 0.5000, was measured on other data or at another' in capsys.readouterr().out
+    before = load_state(out_dir, 'ckpt.pt')
+    run_train(**options | dict(max_iters=12) | change, init_from='resume')
+    assert 'other tokens than before' in capsys.readouterr().out
     assert load_state(out_dir)['best_val_loss'] == evaluations(out_dir)[-1]['val_loss'] > 0.5
-    assert load_state(out_dir, 'ckpt.pt')['model_args']['block_size'] == 16
+    assert load_state(out_dir, 'ckpt.pt')['iter_num'] == 12
+    assert same_tensors(load_state(out_dir / 'previous', 'ckpt.pt')['model'], before['model'])
+    run_train(**options | dict(max_iters=13) | change, init_from='resume')
+    assert not (out_dir / 'previous-2').exists()
 
 
 def test_the_other_optimizer_is_refused_in_one_line(run_train):
@@ -196,6 +202,18 @@ def test_max_restarts_with_two_kills(checkout, tmp_path):
     assert process.wait(timeout=60) == 0, ''.join(lines)
     assert ''.join(lines).count('resuming from') == 2
     assert same_weights(tmp_path / 'whole', tmp_path / 'parts')
+
+
+def test_machines_with_different_states_are_refused(run_train, checkout, tmp_path):
+    """Each process has an out_dir of its own here, as on machines without a shared disk."""
+    run_train('out0', max_iters=20)
+    run_train('out1', max_iters=10)
+    config = tmp_path / 'config.py'
+    config.write_text(f"import os\nout_dir = '{tmp_path}/out' + os.environ['RANK']")
+    options = arguments(**TINY | dict(max_iters=30))
+    output = torchrun(checkout, 2, 'train.py', *options, config, '--init_from=resume', status=1)
+    assert 'the processes differ in their settings, their data or the checkpoint' in output
+    assert load_state(tmp_path / 'out0')['iter_num'] == 20 and load_state(tmp_path / 'out1')['iter_num'] == 10
 
 
 def test_rank_without_torchrun_is_one_line(checkout, tmp_path):

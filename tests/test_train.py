@@ -317,6 +317,8 @@ def test_eval_only_evaluates_once_and_leaves_everything(run_train, capsys):
     (dict(out_dir=''), ['out_dir is empty']),
     (dict(out_dir='~/out'), ['~/out', 'write $HOME']),
     (dict(dataset='data/pydocs_char'), ['a folder in data/', 'use --dataset=pydocs_char']),
+    (dict(dataset='train.py'), ['train.py is a text', 'data/prepare_text.py train.py']),
+    (dict(init_from='config'), ['the folder config has no checkpoint', 'config.json']),
     (dict(init_from='gpt2-xlarge'), ['gpt2-xl or a folder', "got 'gpt2-xlarge'"]),
 ])
 def test_mistakes_are_told(run_train, settings, words):
@@ -397,7 +399,7 @@ def default_settings():
 
 
 def test_the_settings_are_nanogpts():
-    """Their names and defaults, but for 'auto', use_alibi, and seed, which nanoGPT has in its code."""
+    """But for 'auto', use_alibi, seed, which nanoGPT has in its code, and what is `ours`."""
     expected = dict(
         out_dir='out', eval_interval=2000, log_interval=1, eval_iters=200, eval_only=False,
         always_save_checkpoint=True, init_from='scratch',
