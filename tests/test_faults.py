@@ -166,14 +166,15 @@ def test_sighup_does_nothing_under_nohup(checkout, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('number', [signal.SIGHUP, signal.SIGUSR1])
-def test_torchrun_passes_on_other_signals(checkout, tmp_path, number):
+def test_torchrun_passes_on_other_signals(checkout, tmp_path, monkeypatch, number):
     """SIGHUP by itself, SIGUSR1 if it is told to: both processes stop, and the state is saved."""
+    monkeypatch.setenv('TORCH_ELASTIC_SHUTDOWN_TIMEOUT', '100')     # for a disk that is busy when it is saved
     options = tiny(max_iters=100000, eval_interval=1000, out_dir=tmp_path / 'out')
     handled = '--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1'
     process = start(checkout, *options, processes=2, torchrun_options=[handled])
     read_until(process, 'iter 15:')
     process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=120)
     assert output.count(f'{number.name}: stopping') == 2
     reached = load_state(tmp_path / 'out')['iter_num']
     assert f'interrupted at iteration {reached}' in output
