@@ -99,6 +99,8 @@ if __name__ == '__main__':
 
 MODEL_SETTINGS = [field.name for field in fields(GPTConfig)    # what a resumed run takes from its checkpoint
                   if field.name in setting_names and field.name != 'dropout']
+SWITCHES = [name for name in MODEL_SETTINGS                     # those that nanoGPT's model has not
+            if name not in checkpoint.NANOGPT_ARGS]
 NO_MATTER = (                  # to the numbers of a run, so they may differ between its processes and resumes
     'init_from', 'out_dir', 'eval_only', 'log_interval', 'save_interval', 'keep_checkpoints',
     'allow_new_data', 'wandb_log', 'wandb_project', 'wandb_run_name', 'device', 'backend', 'timeout')
@@ -160,9 +162,7 @@ def check_init_from():
 
 def check_switches(model_args, source):
     """Raise UserError for a switch of the model that is on, but not in the weights to start from."""
-    for name in MODEL_SETTINGS:
-        if name in checkpoint.NANOGPT_ARGS:
-            continue
+    for name in SWITCHES:
         value, default = globals()[name], getattr(GPTConfig, name)
         if value not in (default, model_args.get(name, default)):
             raise UserError(f"{name}={value} can't go on from {source}, trained without it: use "
