@@ -1,189 +1,52 @@
-"""A prepared data set: the folder data/<name>/ with train.bin, val.bin and, for characters, meta.pkl.
+"""A prepared data set: the folder data/<name>/ with train.bin, val.bin and perhaps meta.pkl, as in nanoGPT.
 
-The .bin files hold little-endian uint16 token ids and nothing else. meta.pkl is a pickled dict: vocab_size,
-stoi (character -> id) and itos (id -> character). A folder without it holds GPT-2 BPE tokens. The formats are
-nanoGPT's.
+The .bin files hold little-endian token ids and nothing else: uint16, or uint32 for a vocab_size above 65,536.
+meta.pkl is a pickled dict: vocab_size, and to read and write text stoi (token -> id) and itos (id -> token).
+A folder without it holds GPT-2 BPE tokens.
 """
 import hashlib
-import os
 import pickle
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from runtime import UserError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
-TOKEN = np.dtype('<u2')
+from configurator import UserError
 
 
-# ------------------------------------------------------------------------------------------------------------
-# writing
+# ---------------------------------------------------------------------------------------------------------
+# tokens
 
-@contextmanager
-def atomic_write(path: str | Path, mode: str = 'wb', **options) -> Iterator[IO]:
-    """Open a file that takes its name only once it is complete and on the disk: all or nothing."""
-    path = Path(path)
-    temporary = path.with_name(path.name + '.tmp')
-    try:
-        with open(temporary, mode, **options) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def token_type(meta: dict | None) -> np.dtype:
+    """The type of the ids in a data set with this meta."""
+    return np.dtype('<u4' if meta and meta['vocab_size'] > 2**16 else '<u2')
 
 
-@contextmanager
-def locked(folder: str | Path, busy: str = '') -> Iterator[None]:
-    """Keep the folder to this process. If another one has it, raises UserError with the text `busy`.
-
-    The lock is the file .lock, which stays; the system releases it when the process ends, however it ends.
-    """
-    try:
-        file = open(Path(folder) / '.lock', 'w')
-    except OSError as error:
-        raise UserError(f"can't write to {folder}: {error.strerror}") from error
-    with file:
-        try:
-            if fcntl is not None:
-                # not flock, whose lock a worker process inherits, and holds after its parent was killed
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            busy = busy or f"another process is preparing {folder}: wait for it, or stop it"
-            raise UserError(busy) from error
-        except OSError:                                             # a file system without locks
-            pass
-        yield
-
-
-@contextmanager
-def preparing(folder: str | Path, resumable: bool = False) -> Iterator[Path]:
-    """Around the making of a data set: yields a folder to write train.bin, val.bin and perhaps meta.pkl to.
-
-    When the block ends they replace the old ones in `folder` together; an old meta.pkl without a new one is
-    removed. If the block raises or the process is killed, the old ones are as they were. What was written by
-    then is thrown away, or with resumable=True still there at the next call.
-    Raises UserError if another process is preparing the same folder.
-    """
-    folder = Path(folder)
-    new = folder / '.preparing'
-    with locked(folder):
-        if not resumable:
-            shutil.rmtree(new, ignore_errors=True)  # left behind by a killed process
-        new.mkdir(exist_ok=True)
-        try:
-            yield new
-            _install(new, folder)
-        except BaseException:
-            if not resumable:
-                shutil.rmtree(new, ignore_errors=True)
-            raise
-        shutil.rmtree(new, ignore_errors=True)
-
-
-def _install(new: Path, folder: Path):
-    """Move a finished data set from `new` to `folder`, in place of the one there.
-
-    The old train.bin goes first and the new one comes last. A process killed in between leaves a folder
-    without train.bin, which load_split reports, and never token ids with a meta.pkl that isn't theirs.
-    """
-    assert (new / 'train.bin').exists() and (new / 'val.bin').exists(), "a data set needs both splits"
-    for path in new.iterdir():
-        if path.suffix in ('.bin', '.pkl'):
-            with open(path, 'rb+') as file:
-                os.fsync(file.fileno())
-    (folder / 'train.bin').unlink(missing_ok=True)
-    old_meta = folder / 'meta.pkl'
-    if (new / 'meta.pkl').exists():
-        os.replace(new / 'meta.pkl', old_meta)
-    elif old_meta.exists():
-        old_meta.unlink()
-        print(f"{old_meta}: removed, since it described the characters of the data set that was here before")
-    os.replace(new / 'val.bin', folder / 'val.bin')
-    os.replace(new / 'train.bin', folder / 'train.bin')
-
-
-def write_char_dataset(folder: str | Path, text: str, val_fraction: float = 0.1) -> None:
-    """Write a character-level data set: the last val_fraction of the text is the val split. Prints the sizes.
-
-    Raises UserError for more than 65,536 distinct characters, or if another process is preparing the folder.
-    """
-    chars = sorted(set(text))
-    if len(chars) > 65536:
-        raise UserError(f"the text has {len(chars)} distinct characters, but 16-bit ids allow only 65536")
-    stoi = {char: i for i, char in enumerate(chars)}
-    itos = dict(enumerate(chars))
-    ids = np.fromiter((stoi[char] for char in text), dtype=TOKEN, count=len(text))
-    n_train = int(len(text) * (1 - val_fraction))
-    with preparing(folder) as new:
-        (new / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': len(chars), 'stoi': stoi, 'itos': itos}))
-        (new / 'train.bin').write_bytes(ids[:n_train])
-        (new / 'val.bin').write_bytes(ids[n_train:])
-    print(f"{len(text):,} characters, {len(chars)} distinct: {''.join(chars)!r}")
-    print(f"{folder}: {n_train:,} train tokens, {len(ids) - n_train:,} val tokens")
-
-
-def write_bpe_dataset(folder: str | Path, text: str, val_fraction: float = 0.1) -> None:
-    """Write a data set of GPT-2 BPE tokens: the last val_fraction of the text is the val split.
-
-    "<|endoftext|>" in the text becomes the end-of-text token. Prints the sizes. Raises UserError if GPT-2's
-    vocabulary can't be loaded, or if another process is preparing the folder.
-    """
-    bpe = tokenizer(None)
-    n_train = int(len(text) * (1 - val_fraction))
-    with preparing(folder) as new:
-        for name, part in (('train', text[:n_train]), ('val', text[n_train:])):
-            ids = np.array(bpe.encode(part), dtype=TOKEN)
-            (new / f'{name}.bin').write_bytes(ids)
-            print(f"{folder}: {len(ids):,} {name} tokens")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# reading
-
-def load_split(folder: str | Path, split: str, block_size: int) -> np.memmap:
-    """The token ids of a split, (N,) uint16, mapped from its file. Raises UserError for an unusable file."""
-    path = Path(folder) / f'{split}.bin'
+def load_split(dataset: str, split: str, block_size: int, meta: dict | None) -> np.memmap:
+    """The token ids of a split, (N,), mapped from its file. Raises UserError for an unusable one."""
+    path, dtype = Path('data') / dataset / f'{split}.bin', token_type(meta)
     if not path.exists():
-        raise UserError(missing(path))
-    size = path.stat().st_size
-    if size % TOKEN.itemsize:
-        raise UserError(f"{path} is truncated: {size} bytes is not a whole number of 16-bit ids")
-    n_tokens = size // TOKEN.itemsize
-    if n_tokens < block_size + 1:
-        raise UserError(f"{path} has {n_tokens} tokens, but a window of block_size={block_size} needs "
-                        f"{block_size + 1}: use a smaller block_size or more data")
-    return np.memmap(path, dtype=TOKEN, mode='r')
+        raise UserError(f"no {path}: run python data/{dataset}/prepare.py in the repository's root first")
+    n_ids = path.stat().st_size / dtype.itemsize
+    if n_ids % 1 or n_ids < block_size + 1:
+        raise UserError(f"{path} has {n_ids:g} ids of {8 * dtype.itemsize} bits, but block_size={block_size} "
+                        f"needs {block_size + 1}: it is truncated, or block_size too large for it")
+    data = np.memmap(path, dtype=dtype, mode='r')
+    if dtype.itemsize == 2 and not data[1:2000:2].any() and data[:2000:2].any():
+        raise UserError(f"{path} holds 32-bit ids, but its vocabulary fits into 16 bits: write it as uint16")
+    return data
 
 
-def identity(data: np.ndarray) -> dict:
-    """What tells one split from another: its length, and a hash of its first and last 2^19 tokens."""
-    ends = np.concatenate((data[:2**19], data[-2**19:]))
-    return {'tokens': len(data), 'sha256': hashlib.sha256(ends.tobytes()).hexdigest()}
-
-
-def missing(path: Path) -> str:
-    """What to do about a token file that isn't there."""
-    prepare = path.parent / 'prepare.py'
-    if prepare.exists():
-        return f"no {path}: run python {prepare} first"
-    files = [file for name in ('prepare.py', 'train.bin') for file in path.parent.parent.glob(f'*/{name}')]
-    if files:
-        known = ', '.join(sorted({file.parent.name for file in files}))
-        return (f"no {path}, and no {prepare} to make it: the data sets here are {known}, and "
-                "data/prepare_text.py makes one of your own text")
-    return f"no {path}, and no {prepare} to make it: run the script in the repository's root"
+def fingerprint(data: np.ndarray) -> dict:
+    """The length of a split, and a hash of 64 blocks of tokens spread over it."""
+    starts = np.linspace(0, max(0, len(data) - 2**14), 64).astype(int)
+    blocks = b''.join(data[start:start + 2**14].tobytes() for start in starts)
+    return {'tokens': len(data), 'sha256': hashlib.sha256(blocks).hexdigest()}
 
 
 def draw_batch(data: np.memmap, batch_size: int, block_size: int, vocab_size: int,
@@ -196,87 +59,88 @@ def draw_batch(data: np.memmap, batch_size: int, block_size: int, vocab_size: in
     windows = data[starts[:, None] + np.arange(block_size + 1)]     # (batch_size, block_size + 1)
     if windows.max() >= vocab_size:
         row, column = np.argwhere(windows >= vocab_size)[0]
-        raise UserError(f"{getattr(data, 'filename', 'data')}: token {windows[row, column]} at offset "
-                        f"{starts[row] + column}, but the model's vocab_size is {vocab_size}")
+        raise UserError(f"{data.filename}: token {windows[row, column]} at offset {starts[row] + column}, but "
+                        f"the model's vocab_size is {vocab_size}")
     windows = torch.from_numpy(windows.astype(np.int64))
     return windows[:, :-1], windows[:, 1:]
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads containers, str and int only. It refuses all classes and functions, which could run code."""
+# ---------------------------------------------------------------------------------------------------------
+# text
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads plain values, numpy's scalars and OrderedDict. Anything else could run code and is refused."""
+    ALLOWED = ('collections.OrderedDict', 'numpy.dtype', 'numpy.core.multiarray.scalar',
+               'numpy._core.multiarray.scalar')
 
     def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"it refers to {module}.{name}")
+        if f'{module}.{name}' not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which could run code")
+        return getattr(import_module(module), name)
 
 
-def load_meta(folder: str | Path) -> dict | None:
-    """The folder's meta.pkl as a dict, or None without one (GPT-2 BPE). Raises UserError for a bad one."""
-    path = Path(folder) / 'meta.pkl'
+def load_meta(dataset: str) -> dict | None:
+    """vocab_size, stoi and itos of a data set, or vocab_size alone; None without a meta.pkl (GPT-2 BPE).
+
+    In the file itos may be a list, and either of stoi and itos is enough. Raises UserError for a bad file.
+    """
+    path = Path('data') / dataset / 'meta.pkl'
     if not path.exists():
         return None
     try:
         with open(path, 'rb') as file:
-            meta = _PlainUnpickler(file).load()
-    except Exception as error:  # damaged pickles raise almost anything
-        raise UserError(f"{path} is damaged, or holds more than plain values: {error}") from error
-    return check_meta(meta, path)
-
-
-def check_meta(meta: object, source: str | Path) -> dict:
-    """The meta reduced to its three keys. Raises UserError, naming source, if it defines no tokenizer."""
-    try:
-        stoi, itos, vocab_size = meta['stoi'], meta['itos'], meta['vocab_size']
-        ids = list(range(len(itos)))
-        inverse = {char: i for i, char in itos.items()}
-        if sorted(itos) != ids or stoi != inverse or vocab_size < len(itos):
+            meta = PlainUnpickler(file).load()
+        stoi, itos = meta.get('stoi'), meta.get('itos')
+        if not stoi and not itos:
+            return {'vocab_size': int(meta['vocab_size'])}
+        itos = dict(enumerate(itos)) if isinstance(itos, list) else itos or {i: s for s, i in stoi.items()}
+        stoi = {s: int(i) for s, i in (stoi or {s: i for i, s in itos.items()}).items()}
+        itos = {int(i): s for i, s in itos.items()}
+        vocab_size = int(meta.get('vocab_size', max(itos) + 1))
+        if max(itos) >= vocab_size or any(itos.get(stoi.get(s, i)) != s for i, s in itos.items()):
             raise ValueError("stoi, itos and vocab_size contradict each other")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{source} does not define a tokenizer ({error!r}): "
-                        "prepare the data set again") from error
-    return {'vocab_size': vocab_size, 'stoi': stoi, 'itos': itos}
+        return {'vocab_size': vocab_size, 'stoi': stoi, 'itos': itos}
+    except Exception as error:                                      # damaged pickles raise almost anything
+        raise UserError(f"{path} is no vocabulary ({str(error):.200}): prepare the data set again") from error
 
-
-# ------------------------------------------------------------------------------------------------------------
-# text and tokens
 
 class Tokenizer(NamedTuple):
-    """Text to token ids and back. Only ids below vocab_size have a text."""
+    """Text to token ids and back."""
     encode: Callable[[str], list[int]]
     decode_bytes: Callable[[list[int]], bytes]  # UTF-8
-    vocab_size: int
-
-    def decode(self, ids: list[int]) -> str:
-        return self.decode_bytes(ids).decode('utf-8', errors='replace')
+    vocab_size: int                             # ids from here on have no text
 
 
 def tokenizer(meta: dict | None) -> Tokenizer:
-    """The tokenizer of a data set with this meta; None stands for GPT-2's BPE. encode may raise UserError."""
+    """The tokenizer of a data set with this meta; None stands for GPT-2's BPE. encode may raise UserError.
+
+    A text is cut by longest match. Without stoi and itos, none can be read, and ids are written as numbers.
+    """
     if meta is None:
-        return _bpe_tokenizer()
-    stoi, itos = meta['stoi'], meta['itos']
+        import tiktoken  # only here: it is slow to import, and character-level data doesn't need it
+        try:
+            bpe = tiktoken.get_encoding('gpt2')
+        except Exception as error:                                  # requests' errors are many
+            raise UserError(f"GPT-2's vocabulary could not be loaded ({type(error).__name__}): go online "
+                            "once for tiktoken, or set TIKTOKEN_CACHE_DIR to where it is") from error
+        encode = partial(bpe.encode, allowed_special={'<|endoftext|>'})
+        return Tokenizer(encode, bpe.decode_bytes, bpe.n_vocab)
+    stoi, itos = meta.get('stoi', {}), meta.get('itos', {})
+    is_bytes = any(isinstance(s, bytes) for s in stoi)
+    stoi = {s.decode('latin-1') if is_bytes else s: i for s, i in stoi.items()}  # a character for each byte
+    longest_first = sorted(stoi, key=len, reverse=True)
+    pattern = re.compile('|'.join([*map(re.escape, longest_first), '.']), re.DOTALL)
 
     def encode(text):
-        for position, char in enumerate(text):
-            if char not in stoi:
-                raise UserError(f"character {char!r} at position {position} is not in the data set's "
-                                f"vocabulary of {len(stoi)} characters: {''.join(stoi)!r}")
-        return [stoi[char] for char in text]
+        text = text.encode().decode('latin-1') if is_bytes else text
+        pieces = pattern.findall(text) if longest_first and len(longest_first[0]) > 1 else text
+        for piece in set(pieces) - stoi.keys():
+            raise UserError(f"character {piece!r} at position {text.index(piece)} is not in the vocabulary of "
+                            f"{len(stoi)} tokens, {''.join(stoi)!r:.100}; --start=IDS:1,2,3 takes token ids")
+        return [stoi[piece] for piece in pieces]
 
     def decode_bytes(ids):
-        return ''.join(itos[i] for i in ids).encode('utf-8')
+        tokens = [itos.get(i, '\ufffd' if itos else f'{i} ') for i in ids]
+        return b''.join(s if isinstance(s, bytes) else s.encode() for s in tokens)
 
-    return Tokenizer(encode, decode_bytes, len(itos))
-
-
-def _bpe_tokenizer() -> Tokenizer:
-    import tiktoken  # only here: it is slow to import, and character-level data doesn't need it
-    try:
-        bpe = tiktoken.get_encoding('gpt2')
-    except Exception as error:  # tiktoken downloads the vocabulary with requests, whose errors are many
-        raise UserError(f"GPT-2's vocabulary could not be loaded ({type(error).__name__}): go online once "
-                        "for tiktoken to download it, or set TIKTOKEN_CACHE_DIR to where it is") from error
-
-    def encode(text):
-        return bpe.encode(text, allowed_special={'<|endoftext|>'})
-
-    return Tokenizer(encode, bpe.decode_bytes, bpe.n_vocab)
+    return Tokenizer(encode, decode_bytes, max(itos) + 1 if itos else meta['vocab_size'])

@@ -2,38 +2,28 @@
 
     python train.py config/train_shakespeare_char.py                      one GPU, or what there is
     python train.py config/train_shakespeare_char_cpu.py --batch_size=32  any setting can be overridden
-    python train.py config/train_shakespeare_char.py --init_from=resume   resume the run in out_dir
-    python train.py config/train_shakespeare_char.py --init_from=auto     the same if there is one, else start
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
     torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=IP --master_port=1234 train.py
     (and the same with --node_rank=1 on the second machine)
+
+    --init_from=scratch             a new run; what an earlier one left in out_dir moves to out_dir/previous/
+    --init_from=resume              continue the run in out_dir
+    --init_from=auto                the same if there is one, else start a new one
+    --init_from=out/iter-000500.pt  go back to a state that keep_checkpoints kept
+    --init_from=gpt2-xl             a new run with GPT-2's weights (gpt2, gpt2-medium, gpt2-large, gpt2-xl)
+    --init_from=FOLDER              or with those of another run, or of a GPT-2 that transformers saved
 
 Writes to out_dir: last.pt (the newest state), ckpt.pt (the best, or with always_save_checkpoint the newest),
 metrics.jsonl (a line for each log and evaluation) and loss.png.
 """
 import math
 import os
-import signal
-import sys
 import time
-from contextlib import ExitStack, contextmanager, nullcontext
+import warnings
+from contextlib import nullcontext
 from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
-
-if __name__ == '__main__':  # python -I and -P leave this folder out; Ctrl-C ends the script at once
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-import torch
-
-import checkpoint
-import rundir
-import runtime
-from dataset import draw_batch, identity, load_meta, load_split
-from model import GPT, GPTConfig
-from runtime import UserError, derive_seed
 
 # ---------------------------------------------------------------------------------------------------------
 # settings: those of GPT-2 (124M) on OpenWebText. Override them with config files and --key=value
@@ -46,10 +36,7 @@ eval_only = False              # evaluate once, then stop
 always_save_checkpoint = True  # ckpt.pt at every evaluation, not just when the val loss improved
 save_interval = 0              # save last.pt every N iterations as well; 0: at evaluations only
 keep_checkpoints = 0           # keep the states of the last N evaluations, as iter-000500.pt
-init_from = 'scratch'          # scratch, resume, auto (resume if there is a run, else scratch), gpt2,
-                               # gpt2-medium, gpt2-large, gpt2-xl, or the folder of a run or of a GPT-2 that
-                               # transformers saved
-allow_new_data = False         # resume even if the data set has changed
+init_from = 'scratch'          # or resume, auto, gpt2, gpt2-medium, ..., a folder, a kept state (see above)
 # wandb
 wandb_log = False              # log to Weights & Biases as well
 wandb_project = 'owt'          # under this project
@@ -92,82 +79,141 @@ dtype = 'auto'                 # float32, bfloat16, or float16 with a gradient s
 compile = 'auto'               # torch.compile the model: True or False
 checkpoint_activations = False  # recompute activations in the backward pass: less memory, more time
 # ---------------------------------------------------------------------------------------------------------
-setting_names = [name for name, value in list(globals().items())
-                 if not name.startswith('_') and type(value) in (bool, int, float, str)]
-if __name__ == '__main__':
-    exec(Path(__file__).resolve().with_name('configurator.py').read_text(encoding='utf-8'))
+from configurator import UserError, configure
 
-MODEL_SETTINGS = [field.name for field in fields(GPTConfig)    # what a resumed run takes from its checkpoint
+setting_names = configure(globals())
+
+import torch
+
+import checkpoint
+import runtime
+from dataset import draw_batch, fingerprint, load_meta, load_split
+from model import GPT, GPTConfig
+from optimizer import configure_muon
+from runtime import derive_seed
+
+GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
+MODEL_SETTINGS = [field.name for field in fields(GPTConfig)         # which the weights decide
                   if field.name in setting_names and field.name != 'dropout']
-SWITCHES = [name for name in MODEL_SETTINGS                     # those that nanoGPT's model has not
-            if name not in checkpoint.NANOGPT_ARGS]
-NO_MATTER = (                  # to the numbers of a run, so they may differ between its processes and resumes
-    'init_from', 'out_dir', 'eval_only', 'log_interval', 'save_interval', 'keep_checkpoints',
-    'allow_new_data', 'wandb_log', 'wandb_project', 'wandb_run_name', 'device', 'backend', 'timeout')
-RANGES = {                     # of settings: the lowest value, and what the value must be below
-    'eval_interval': (1, math.inf), 'log_interval': (1, math.inf), 'eval_iters': (1, math.inf),
-    'gradient_accumulation_steps': (1, math.inf), 'batch_size': (1, math.inf), 'block_size': (1, math.inf),
-    'dropout': (0, 1),
-    'learning_rate': (0, math.inf), 'min_lr': (0, math.inf), 'max_iters': (0, math.inf),
-    'warmup_iters': (0, math.inf), 'weight_decay': (0, math.inf), 'beta1': (0, 1), 'beta2': (0, 1),
-    'grad_clip': (0, math.inf), 'seed': (0, math.inf), 'save_interval': (0, math.inf),
-    'keep_checkpoints': (0, math.inf), 'timeout': (1, 1e6), 'muon_learning_rate': (0, math.inf),
-    'muon_momentum': (0, 1), 'muon_steps': (1, math.inf)}
+LAUNCH_SETTINGS = (            # may differ between the processes and resumes of a run: they change no number
+    'init_from', 'out_dir', 'eval_only', 'log_interval', 'save_interval', 'keep_checkpoints', 'wandb_log',
+    'wandb_project', 'wandb_run_name', 'device', 'backend', 'timeout')
 
 
 # ---------------------------------------------------------------------------------------------------------
-# helpers
+# where a run starts
 
-def check_settings(world_size):
+def claim(machine):
+    """A context in which out_dir belongs to this run: a RunFolder, or None in a process that writes nothing."""
+    if eval_only or not machine.is_master:
+        return nullcontext()
+    goes_back, is_restart = init_from.endswith('.pt'), is_restarted()
+    in_out_dir = goes_back and Path(init_from).parent.resolve() == Path(out_dir).resolve()
+    folder = checkpoint.RunFolder(out_dir, not (is_restart or in_out_dir or init_from in ('resume', 'auto')))
+    if goes_back and not is_restart:
+        folder.go_back(checkpoint.find(init_from))
+    return folder
+
+
+def is_restarted():
+    """Whether torchrun has started this process again after a crash."""
+    return int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
+
+
+def load_start(meta, machine):
+    """The model and the state that the run starts with; the state is {} for a new run."""
+    states = [Path(out_dir) / name for name in ('last.pt', 'ckpt.pt')]
+    has_state = machine.any(machine.is_master and any(path.exists() for path in states))  # out_dir is claimed
+    if init_from.endswith('.pt') and eval_only:
+        return load_checkpoint(Path(init_from), meta, machine, resumes=True)
+    if init_from == 'resume' or init_from.endswith('.pt') or has_state and (init_from == 'auto' or is_restarted()):
+        return load_checkpoint(checkpoint.find(out_dir, 'last.pt', 'ckpt.pt'), meta, machine, resumes=True)
+    if init_from in ('scratch', 'auto'):
+        torch.manual_seed(derive_seed(seed, runtime.INIT))
+        sizes = {name: globals()[name] for name in MODEL_SETTINGS}
+        vocab_size = meta['vocab_size'] if meta else 50304          # GPT-2's 50257, padded for speed
+        return GPT(GPTConfig(vocab_size=vocab_size, dropout=dropout, **sizes)), {}
+    if init_from not in GPT2_NAMES and not Path(init_from).is_dir():
+        raise UserError(f"init_from must be scratch, resume, auto, {', '.join(GPT2_NAMES)}, a folder or a kept "
+                        f"state, got {init_from!r}")
+    if init_from in GPT2_NAMES or (Path(init_from) / 'config.json').exists():
+        model = checkpoint.pretrained(init_from, dropout)
+        check_model(model.config, init_from, machine)
+    else:
+        path = checkpoint.find(init_from, 'ckpt.pt', 'last.pt')
+        model, _ = load_checkpoint(path, meta, machine, resumes=False)
+    if block_size < model.config.block_size:
+        model.crop_block_size(block_size)
+    return model, {}
+
+
+def load_checkpoint(path, meta, machine, resumes):
+    """The model of a checkpoint and its state; of another run's, which does not resume, the weights count alone."""
+    state = checkpoint.load(path)
+    if state.get('meta', meta) != meta:
+        raise UserError(f"data/{dataset} has a different vocabulary from the training data of {path}")
+    if not resumes:
+        config = GPTConfig(**state['model_args'])
+        sizes = {} if config.has_wpe else {'block_size': block_size}  # train short, go on long
+        model = checkpoint.build_model(state, dropout=dropout, **sizes)
+    elif state['config'].get('optimizer', 'adamw') != optimizer:
+        raise UserError(f"{path} has the state of optimizer={state['config']['optimizer']}: resume with that")
+    else:
+        model = checkpoint.build_model(state, dropout=dropout)
+    machine.print(f"resuming from {path} at iteration {state['iter_num']}" if resumes else
+                  f"starting with the weights of {path}")
+    check_model(model.config, path, machine)
+    return model, state
+
+
+def check_model(config, source, machine):
+    """Print the sizes that weights decide against the settings. Raises UserError for a switch that they lack."""
+    for name in MODEL_SETTINGS:
+        ours, theirs = globals()[name], getattr(config, name)
+        if ours != theirs and name not in checkpoint.NANOGPT_ARGS and ours != getattr(GPTConfig, name):
+            raise UserError(f"{name}={ours} can't go on from {source}, which was trained without it")
+        if ours != theirs:
+            machine.print(f"{name}: {theirs!r} as in {source}, not {ours!r}")
+
+
+def check_settings(machine):
     """Raise UserError for settings that no run can work with."""
-    runtime.check_ranges(globals(), RANGES)
-    if gradient_accumulation_steps < world_size:
+    if min(eval_interval, log_interval, eval_iters, batch_size) < 1:
+        raise UserError("eval_interval, log_interval, eval_iters and batch_size must be at least 1")
+    if gradient_accumulation_steps < machine.world_size:
         raise UserError(f"gradient_accumulation_steps={gradient_accumulation_steps} can't be shared by "
-                        f"{world_size} processes: make it at least {world_size}, or better a multiple")
-    if not out_dir:
-        raise UserError("out_dir is empty: give the folder of the run, such as --out_dir=out")
-    if out_dir.startswith('~'):
-        raise UserError(f"out_dir={out_dir}: the shell left the ~ as it is, write $HOME")
-    name = Path(dataset).name
-    if name != dataset and (Path('data') / name).is_dir() and not (Path('data') / dataset).is_dir():
-        raise UserError(f"dataset is the name of a folder in data/, got {dataset!r}: use --dataset={name}")
-    if Path(dataset).is_file():
-        raise UserError(f"dataset={dataset} is a text: first make tokens of it with python "
-                        f"data/prepare_text.py {dataset} --dataset=NAME")
+                        f"{machine.world_size} processes: make it a multiple of their number")
     if optimizer not in ('adamw', 'muon'):
         raise UserError(f"optimizer must be adamw or muon, got {optimizer!r}")
-    if optimizer == 'muon' and learning_rate == 0:
-        raise UserError("learning_rate must be above 0 with optimizer=muon: both rates follow one schedule")
-    check_init_from()
 
 
-def check_init_from():
-    """Raise UserError for an init_from that names nothing to start from."""
-    if init_from in ('scratch', 'resume', 'auto'):
-        return
-    if rundir.has_state(init_from):
-        if Path(init_from).resolve() == Path(out_dir).resolve():
-            raise UserError(f"init_from={init_from} is out_dir itself: use --init_from=resume to go on with "
-                            "that run, or another --out_dir for a new one")
-    elif init_from in checkpoint.GPT2_NAMES or Path(init_from).is_dir():
-        checkpoint.check_pretrained(init_from)
-        check_switches({}, "GPT-2's weights with their position embeddings")
-    elif init_from.endswith('.pt'):
-        raise UserError(f"init_from={init_from} is a file: to start with its weights give its folder; to go "
-                        f"back to a kept state move it to {out_dir}/last.pt and use --init_from=resume")
+def check_processes(machine, data, saved):
+    """Raise UserError if the processes disagree, as on machines with folders of their own."""
+    settings = {name: globals()[name] for name in setting_names if name not in LAUNCH_SETTINGS}
+    if not machine.same([settings, data, saved.get('hash')]):
+        raise UserError("the processes differ in their settings, their data or their checkpoint: all machines "
+                        "need the same command, data/ and out_dir (a shared disk)")
+
+
+def make_optimizer(model, state, machine):
+    """The optimizer, and float16's gradient scaler. The state gives moments, the settings the rest."""
+    betas = (beta1, beta2)
+    if optimizer == 'muon':
+        opt = configure_muon(model, weight_decay, learning_rate, betas, muon_learning_rate, muon_momentum, muon_steps)
     else:
-        raise UserError(f"init_from must be scratch, resume, auto, {', '.join(checkpoint.GPT2_NAMES)} or a "
-                        f"folder, got {init_from!r}")
+        opt = model.configure_optimizers(weight_decay, learning_rate, betas, machine.device.type)
+    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == 'float16')
+    if state:
+        saved = state['optimizer']
+        groups = [{**new, 'params': old['params']}
+                  for new, old in zip(opt.param_groups, saved['param_groups'], strict=True)]
+        opt.load_state_dict({'state': saved['state'], 'param_groups': groups})
+        scaler.load_state_dict(state.get('scaler') or scaler.state_dict())
+    return opt, scaler
 
 
-def check_switches(model_args, source):
-    """Raise UserError for a switch of the model that is on, but not in the weights to start from."""
-    for name in SWITCHES:
-        value, default = globals()[name], getattr(GPTConfig, name)
-        if value not in (default, model_args.get(name, default)):
-            raise UserError(f"{name}={value} can't go on from {source}, trained without it: use "
-                            f"--{name}={default}, or start from something else")
-
+# ---------------------------------------------------------------------------------------------------------
+# the work
 
 def cosine_lr(step, peak, floor, warmup, total):
     """The learning rate of an update: linear warm-up to peak, then a cosine down to floor at step `total`."""
@@ -177,397 +223,181 @@ def cosine_lr(step, peak, floor, warmup, total):
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+@torch.no_grad()
+def evaluate(model, machine, get_batch, stop):
+    """Mean losses of both splits, on the same batches at every call; None if a signal to stop comes.
+
+    get_batch(split, purpose, k): inputs and targets. The processes share the work.
+    """
+    model.eval()
+    means = {}
+    for split, purpose in (('train', runtime.EVAL_TRAIN), ('val', runtime.EVAL_VAL)):
+        losses = torch.zeros(eval_iters, device=machine.device)     # each process fills in its own
+        for first in range(0, eval_iters, machine.world_size):
+            if machine.any(stop.received):
+                model.train()
+                return None
+            k = first + machine.rank
+            if k < eval_iters:
+                with machine.autocast():
+                    _, losses[k] = model(*get_batch(split, purpose, k), return_logits=False)
+        means[f'{split}_loss'] = machine.mean(losses)
+    model.train()
+    return means
+
+
+def accumulate(model, scaler, machine, get_batch, n_batches, checkpoint_activations=False):
+    """Add up the gradient of an update over n_batches micro-batches, which the processes share.
+
+    get_batch(i): inputs and targets of micro-batch i, (B, T) int64 each. checkpoint_activations: see
+    GPT.forward. Returns the losses (n_batches,) as a device tensor, without synchronizing; each process has
+    filled in its own, and machine.mean() gives their mean.
+    """
+    losses = torch.zeros(n_batches, device=machine.device)
+    share = n_batches / machine.world_size                          # DDP averages the processes' gradients
+    for i in range(machine.rank, n_batches, machine.world_size):
+        is_last = i + machine.world_size >= n_batches               # exchange gradients once
+        with nullcontext() if is_last or machine.world_size == 1 else model.no_sync():
+            with machine.autocast():
+                _, loss = model(*get_batch(i), return_logits=False,
+                                checkpoint_activations=checkpoint_activations)
+            scaler.scale(loss / share).backward()
+        losses[i] = loss.detach()
+    return losses
+
+
+def update(params, optimizer, scaler, grad_clip):
+    """Update the params (a list) by their gradient. Returns its norm before clipping, a device scalar."""
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def check_finite(where, last_saved, **values):
+    """Raise UserError unless all values are finite: every state is vouched for by such a check."""
+    if not all(math.isfinite(value) for value in values.values()):
+        listed = ', '.join(f"{name} {value:.4g}" for name, value in values.items())
+        last = "there is no checkpoint yet" if last_saved is None else f"last.pt is good, of iteration {last_saved}"
+        raise UserError(f"{where}: {listed}; {last}. Try a lower learning_rate, grad_clip=1.0, a longer warm-up, "
+                        "or dtype=float32")
+
+
 def set_rate(opt, iter_num):
     """Set the learning rate of update iter_num, and return it."""
     lr = learning_rate
     if decay_lr:
         lr = cosine_lr(iter_num, learning_rate, min_lr, warmup_iters, lr_decay_iters)
     for group in opt.param_groups:
-        group['lr'] = lr * group['lr_ratio']                        # Muon's rate follows AdamW's
+        group['lr'] = lr * group.get('lr_ratio', 1.0)               # Muon's rate follows AdamW's
     return lr
 
 
-# where a run starts: each returns a model and the state to resume from, {} for a new run
-
-def choose_start(run):
-    """The function that makes the start of this run."""
-    if init_from == 'resume':
-        return resume
-    # a run that torchrun restarts after a crash resumes what it has saved, not what an earlier run has left
-    restarted = run.any_process(int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0)
-    if init_from == 'auto' or restarted:
-        resumable = run.is_master and rundir.has_state(out_dir)
-        if resumable and init_from != 'auto':
-            resumable = rundir.load_for_resume(out_dir)[0].get('launch') == launch_id()
-        if run.any_process(resumable):                              # all do what the first says
-            return resume
-    return start_from_scratch if init_from in ('scratch', 'auto') else start_from_weights
-
-
-def launch_id():
-    """What is the same in all restarts of one torchrun: its id, or without one its process."""
-    run_id = os.environ.get('TORCHELASTIC_RUN_ID', '')
-    return f'process {os.getppid()}' if run_id == 'none' else run_id
-
-
-def start_from_scratch(meta, run):
-    """A GPT as the settings say, with weights drawn from the seed."""
-    vocab_size = meta['vocab_size'] if meta else 50304  # GPT-2's 50257, padded for speed
-    torch.manual_seed(derive_seed(seed, runtime.INIT))
-    try:
-        return GPT(GPTConfig(vocab_size=vocab_size, dropout=dropout,
-                             **{name: globals()[name] for name in MODEL_SETTINGS})), {}
-    except ValueError as error:
-        raise UserError(error) from error
-
-
-def resume(meta, run):
-    """The model and state in out_dir."""
-    state, path = rundir.load_for_resume(out_dir)
-    iter_num = state['iter_num']
-    checkpoint.check_vocabulary(state, meta, dataset)
-    if iter_num > max_iters and not eval_only:
-        raise UserError(f"{path} was saved after {iter_num} iterations and max_iters={max_iters} is less: "
-                        "raise max_iters (and lr_decay_iters) to train further")
-    run.print(f"resuming from {path} at iteration {iter_num}")
-    saved = saved_model_settings(state)
-    cropped = {'block_size'} if block_size < saved['block_size'] else set()
-    check_switches(state['model_args'], path)
-    print_differences(run, {**state['config'], **saved}, kept=set(MODEL_SETTINGS) - cropped)
-    return checkpoint.build_model(state, dropout=dropout), state
-
-
-def start_from_weights(meta, run):
-    """A new run with the weights from another's out_dir, from GPT-2, or from a GPT-2 in transformers' format.
-
-    Without learned positions block_size may be larger than the weights' own: train short, go on long.
-    """
-    if not rundir.has_state(init_from):
-        for split in ('train', 'val'):                              # before a download that may take minutes
-            load_split(Path('data') / dataset, split, block_size=1)
-        model = checkpoint.pretrained(init_from, dropout)
-        if meta and meta['vocab_size'] > model.config.vocab_size:
-            raise UserError(f"data/{dataset} has {meta['vocab_size']} token ids, but {init_from} has "
-                            f"{model.config.vocab_size}")
-        return model, {}
-    path = rundir.find(init_from, rundir.SAMPLE)
-    state = checkpoint.load(path)
-    checkpoint.check_vocabulary(state, meta, dataset)
-    check_switches(state['model_args'], path)
-    saved = saved_model_settings(state)
-    run.print(f"starting with the weights of {path}")
-    print_differences(run, saved, kept=set(MODEL_SETTINGS) - {'block_size'})
-    if not GPTConfig(**saved).has_wpe:
-        return checkpoint.build_model(state, dropout=dropout, block_size=block_size), {}
-    if block_size > saved['block_size']:
-        raise UserError(f"{path} has position embeddings for block_size={saved['block_size']}, not for "
-                        f"{block_size}: use --block_size={saved['block_size']} or less (ALiBi and rotary "
-                        "positions have no such limit)")
-    return checkpoint.build_model(state, dropout=dropout), {}
-
-
-def saved_model_settings(state):
-    """The MODEL_SETTINGS of a checkpoint's model, which names those alone that aren't at their default."""
-    return {name: state['model_args'].get(name, getattr(GPTConfig, name)) for name in MODEL_SETTINGS}
-
-
-def print_differences(run, saved, kept):
-    """Print each setting that differs from the saved one, which counts for those in `kept`."""
-    for key, old in saved.items():
-        new = globals()[key] if key in setting_names else old
-        if old != new and key not in NO_MATTER:
-            note = ": the checkpoint's is used" if key in kept else ''
-            run.print(f"{key}: {old!r} in the checkpoint, {new!r} now{note}")
-
-
-def make_optimizer(model, saved, T, run):
-    """The optimizer and the gradient scaler, in their saved state if there is any. Crops block_size to T."""
-    opt = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), run.device.type, optimizer,
-                                     muon_learning_rate, muon_momentum, muon_steps)
-    scaler = run.grad_scaler()
-    if saved:
-        before = saved['config'].get('optimizer', 'adamw')
-        if before != optimizer:
-            raise UserError(f"the checkpoint has the state of optimizer={before}: resume with that, "
-                            f"not with optimizer={optimizer}")
-        checkpoint.load_optimizer(opt, saved)
-        if run.dtype == 'float16' and saved.get('scaler'):
-            scaler.load_state_dict(saved['scaler'])
-    if T < model.config.block_size:
-        checkpoint.crop_block_size(model, opt, T)
-    return opt, scaler
-
-
-def load_data(saved, T):
-    """The tokens of both splits, and what identifies their files. Raises UserError if a resume has others."""
-    splits = {split: load_split(Path('data') / dataset, split, T) for split in ('train', 'val')}
-    data = {split: identity(tokens) for split, tokens in splits.items()}
-    before = saved.get('data', data)                                # nanoGPT's files don't say
-    changed = [split for split in data if data[split] != before.get(split)]
-    if changed and not allow_new_data:
-        raise UserError(f"data/{dataset} has changed since the checkpoint ({', '.join(changed)}): resume "
-                        "with the old data, or on the new data with --allow_new_data=True")
-    return splits, data
-
-
-def check_processes(run, saved, data):
-    """Raise UserError if the processes, perhaps on machines with folders of their own, would part ways."""
-    settings = {name: globals()[name] for name in setting_names if name not in NO_MATTER}
-    state = [saved.get(key) for key in ('iter_num', 'wandb_id')]
-    if not run.agree([settings, data, state]):
-        raise UserError("the processes differ in their settings, their data or the checkpoint they resume "
-                        "from: all machines need the same command, data/ and out_dir (a shared disk)")
-
-
-def is_other_loss(saved, data, T):
-    """Whether the val loss is measured on other tokens than the checkpoint's, and can't be compared to it."""
-    return bool(saved) and (
-        data != saved.get('data', data) or T != saved['model_args']['block_size']
-        or any(saved['config'].get(name, globals()[name]) != globals()[name]
-               for name in ('batch_size', 'eval_iters', 'seed')))
-
-
-# what is said of a run
-
-def print_plan(run, model, splits, T):
-    """Print what will be trained on what."""
-    config = model.config
-    tokens = gradient_accumulation_steps * batch_size * T
-    epochs = max_iters * tokens / len(splits['train'])
-    switches = [f', {name}={value}' for name, value in checkpoint.model_args(config).items()
-                if name not in (*checkpoint.NANOGPT_ARGS, 'use_alibi', 'use_rope')]
-    plan = {
-        'data': f"data/{dataset}, {len(splits['train']):,} train tokens, {len(splits['val']):,} val tokens",
-        'model': f"{model.get_num_params() / 1e6:.2f}M parameters, {config.n_layer} layers, "
-                 f"{config.n_head} heads, {config.n_embd} channels, vocabulary of {config.vocab_size}, "
-                 f"{config.positions}{''.join(switches)}",
-        'iteration': f"{tokens:,} tokens = {gradient_accumulation_steps} x {batch_size} x {T} "
-                     f"(gradient_accumulation_steps x batch_size x block_size), by {optimizer}",
-        'run': f"{max_iters:,} iterations = {epochs:.2f} epochs, evaluated every {eval_interval:,}"}
-    for key, text in plan.items():
-        run.print(f"{key + ':':<11}{text}")
-    if gradient_accumulation_steps % run.world_size:
-        run.print(f"gradient_accumulation_steps={gradient_accumulation_steps} is not a multiple of "
-                  f"{run.world_size} processes: some will wait for the others")
-    if decay_lr and max_iters > lr_decay_iters:
-        run.print(f"lr_decay_iters={lr_decay_iters} is less than max_iters={max_iters}: the iterations after "
-                  f"it have the learning rate min_lr={min_lr:g}")
-
-
-def log_line(record):
-    """What is printed of an evaluation or of a training iteration, a record of metrics.jsonl."""
-    if 'val_loss' in record:
-        return (f"step {record['iter']}: train loss {record['train_loss']:.4f}, "
-                f"val loss {record['val_loss']:.4f}, "
-                f"val perplexity {math.exp(min(record['val_loss'], 700)):.5g}")
-    parts = [f"iter {record['iter']}: loss {record['loss']:.4f}", f"lr {record['lr']:.2e}",
-             f"norm {record['grad_norm']:.4f}", f"time {record['ms']:.2f}ms"]
-    if 'tokens_per_s' in record:
-        seconds_left = min(record['ms'] / 1000 * (max_iters - record['iter'] - 1), 1e13)  # for timedelta
-        parts += [f"{record['tokens_per_s']:,.0f} tok/s", f"eta {timedelta(seconds=round(seconds_left))}"]
-    if 'mfu' in record:
-        parts.append(f"mfu {100 * record['mfu']:.2f}%")
-    return ', '.join(parts)
-
-
-def check_finite(where, values, last_saved, note=''):
-    """Raise UserError unless all values are finite. last_saved: the last checkpoint's iteration, or None."""
-    if all(math.isfinite(value) for value in values.values()):
-        return
-    listed = ', '.join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items())
-    last = "There is no checkpoint yet."
-    if last_saved is not None:
-        path = rundir.find(out_dir, rundir.RESUME)
-        last = f"The last good checkpoint is {path}, iteration {last_saved}."
-    raise UserError(f"{where}: {listed}. {note}{last} "
-                    "Try a lower learning_rate, grad_clip=1.0, a longer warm-up, or dtype=float32")
-
-
-@contextmanager
-def open_log(run, writes, config, wandb_id, iter_num, resumed, other_loss):
-    """Enter out_dir and wandb's run. Gives a function that prints, stores, sends and draws a record.
-
-    other_loss: what is the best in out_dir may be replaced by a worse state, so it is kept aside.
-    """
-    with ExitStack() as stack:
-        if writes:
-            stack.enter_context(rundir.lock(out_dir))
-            if other_loss:
-                run.print("the val loss is measured on other tokens than before (data, block_size, "
-                          "batch_size, eval_iters or seed): the best so far no longer counts")
-                rundir.keep_aside(out_dir, run.print)
-            if resumed:
-                rundir.drop_metrics(out_dir, iter_num, is_evaluated(iter_num), run.print)
-            else:
-                rundir.set_aside(out_dir, run.print)
-        send = None
-        if wandb_log and run.is_master:
-            send = stack.enter_context(wandb_run(run, config, wandb_id))
-        store = unless_it_fails(rundir.append_metrics, 'metrics.jsonl', run)
-        draw = unless_it_fails(rundir.plot_losses, 'loss.png', run)
-
-        def log(record):
-            run.print(log_line(record))
-            if send:
-                send(record)
-            if writes:
-                store(out_dir, record)
-            if writes and 'val_loss' in record:
-                draw(out_dir)
-        yield log
-
-
-def unless_it_fails(action, name, run, hint=''):
-    """The action, until it raises anything: then it is off. What only watches a run must not end it."""
-    works = True
-
-    def attempt(*args, **options):
-        nonlocal works
-        try:
-            if works:
-                action(*args, **options)
-        except BaseException as error:                              # wandb may raise even SystemExit
-            works = False
-            reason = ' '.join(str(error).split()) or type(error).__name__
-            run.print(f"{name} is off for this run: {reason}{hint}")
-    return attempt
-
-
-@contextmanager
-def wandb_run(run, config, run_id):
-    """A function that logs a record to wandb's run of that id, new or resumed. If wandb fails, it is off."""
-    def call(action, *args, **options):
-        import wandb  # only here: it is slow to import
-        if action == 'init' and os.environ.get('WANDB_MODE', 'online') == 'online':
-            if not wandb.login(prompt=False):                       # init would ask for a key and wait
-                raise RuntimeError("there is no key: run wandb login")
-        getattr(wandb, action)(*args, **options)
-
-    attempt = unless_it_fails(call, 'wandb', run, ' (WANDB_MODE=offline logs to local files)')
-    names = {'train_loss': 'train/loss', 'val_loss': 'val/loss', 'loss': 'train/batch_loss'}
-    attempt('init', project=wandb_project, name=wandb_run_name, config=config, id=run_id, resume='allow')
-    try:
-        yield lambda record: attempt('log', {names.get(key, key): value for key, value in record.items()})
-    finally:
-        attempt('finish')
+def is_evaluated(iter_num):
+    """Whether the run evaluates before update iter_num."""
+    return iter_num % eval_interval == 0 or iter_num >= max_iters
 
 
 # ---------------------------------------------------------------------------------------------------------
-# the work
+# what is said and logged
 
-def is_evaluated(iter_num):
-    """Whether the run evaluates before update iter_num."""
-    return iter_num % eval_interval == 0 or iter_num == max_iters
-
-
-@torch.no_grad()
-def evaluate(model, run, get_batch, stop_requested):
-    """Mean losses {'train_loss', 'val_loss'}, over the same eval_iters batches each at every call.
-
-    get_batch(split, purpose, k): inputs and targets. The processes share the work. None if stop_requested().
-    """
-    model.eval()
-    means = {}
-    for split, purpose in (('train', runtime.EVAL_TRAIN), ('val', runtime.EVAL_VAL)):
-        losses = torch.zeros(eval_iters, device=run.device)         # each process fills in its own
-        for first in range(0, eval_iters, run.world_size):
-            if stop_requested():
-                model.train()
-                return None
-            k = first + run.rank
-            if k < eval_iters:
-                with run.autocast():
-                    _, losses[k] = model(*get_batch(split, purpose, k), return_logits=False)
-        means[f'{split}_loss'] = run.mean(losses)
-    model.train()
-    return means
+def print_plan(machine, config, n_params, splits):
+    """Print what will be trained on what."""
+    tokens = gradient_accumulation_steps * batch_size * config.block_size
+    n_train, n_val = len(splits['train']), len(splits['val'])
+    positions = 'ALiBi' if config.use_alibi else 'rotary' if config.use_rope else 'learned'
+    plan = {
+        'device': machine,
+        'data': f"data/{dataset}, {n_train:,} train tokens, {n_val:,} val tokens",
+        'model': f"{n_params / 1e6:.2f}M parameters, {positions} positions, vocab_size {config.vocab_size}",
+        'iteration': f"{tokens:,} tokens = {gradient_accumulation_steps} x {batch_size} x {config.block_size}",
+        'run': f"{max_iters:,} iterations = {max_iters * tokens / n_train:.2f} epochs, {optimizer} at {learning_rate:g}"}
+    for key, text in plan.items():
+        machine.print(f"{key + ':':<11}{text}")
+    if gradient_accumulation_steps % machine.world_size:
+        machine.print(f"gradient_accumulation_steps={gradient_accumulation_steps} is not a multiple of the "
+                      f"{machine.world_size} processes: some will wait for the others")
+    if decay_lr and lr_decay_iters < max_iters:
+        machine.print(f"from iteration {lr_decay_iters} on the learning rate is min_lr={min_lr:g}")
 
 
-def accumulate(model, scaler, run, get_batch, n_batches, checkpoint_activations=False):
-    """Add up the gradient of an update over n_batches micro-batches, which the processes share.
-
-    get_batch(i): inputs and targets of micro-batch i, (B, T) int64 each. checkpoint_activations: see
-    GPT.forward. Returns the losses (n_batches,) on the device, which is not waited for; each process has
-    filled in its own, and run.mean() gives their mean.
-    """
-    losses = torch.zeros(n_batches, device=run.device)
-    share = n_batches / run.world_size                              # DDP averages the processes' gradients
-    for i in range(run.rank, n_batches, run.world_size):
-        x, y = get_batch(i)
-        is_last = i + run.world_size >= n_batches                   # processes exchange gradients once
-        with nullcontext() if is_last or run.world_size == 1 else model.no_sync():
-            with run.autocast():
-                _, loss = model(x, y, return_logits=False, checkpoint_activations=checkpoint_activations)
-            scaler.scale(loss / share).backward()
-        losses[i] = loss.detach()
-    return losses
+def log_line(record):
+    """What is printed of an evaluation or of an iteration, a record of metrics.jsonl."""
+    if 'val_loss' in record:
+        return (f"step {record['iter']}: train loss {record['train_loss']:.4f}, val loss {record['val_loss']:.4f}, "
+                f"perplexity {math.exp(min(record['val_loss'], 700)):.5g}, lr {record['lr']:.1e}")
+    speed = f"mfu {100 * record['mfu']:.2f}%" if 'mfu' in record else f"{record['tokens_per_s'] / 1000:.1f}k tok/s"
+    left = timedelta(seconds=round(record['ms'] / 1000 * (max_iters - record['iter'] - 1)))
+    return (f"iter {record['iter']}: loss {record['loss']:.4f}, time {record['ms']:.2f}ms, {speed}, "
+            f"norm {record['grad_norm']:.2f}, eta {left}")
 
 
-def update(params, optimizer, scaler, run, grad_clip):
-    """Update the params (a list) by their gradient, unless that is not finite: scaler sees to it.
+def make_log(machine, folder, config, wandb_id):
+    """A function that prints a record, and adds it to metrics.jsonl, loss.png and wandb's run of that id."""
+    send = None
+    if wandb_log and machine.is_master:
+        import wandb  # only here: it is slow to import
+        wandb.init(project=wandb_project, name=wandb_run_name, config=config, id=wandb_id, resume='allow')
+        wandb.define_metric('*', step_metric='iter')
+        names = {'train_loss': 'train/loss', 'val_loss': 'val/loss', 'loss': 'train/batch_loss'}
+        send = lambda record: wandb.log({names.get(key, key): value for key, value in record.items()})
 
-    Returns the gradient's norm before clipping, a scalar on the device.
-    """
-    scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
-    scaler.step(optimizer)
-    scaler.update(run.fixed_scale)
-    optimizer.zero_grad(set_to_none=True)
-    return norm
+    def log(record):
+        machine.print(log_line(record))
+        try:
+            if folder:
+                folder.log(record)
+            if folder and 'val_loss' in record:
+                from plot import plot_losses  # only here: matplotlib is slow to import
+                plot_losses([out_dir], Path(out_dir) / 'loss.png')
+            if send:
+                send(record)
+        except Exception as error:                                  # a broken logger must not kill the run
+            warnings.warn(f"not logged: {error!r}")
+    return log
 
 
 def train():
     """Train as the settings say."""
-    with ExitStack() as stack:                                      # what is entered is undone, come what may
-        run = stack.enter_context(runtime.processes(device, dtype, compile, backend, timeout))
-        run.print(f"{'device:':<11}{run}")
-        check_settings(run.world_size)
+    with runtime.processes(device, dtype, compile, backend, timeout) as machine, claim(machine) as folder:
+        check_settings(machine)
 
-        # model, optimizer and data
-        meta = load_meta(Path('data') / dataset)
-        start = choose_start(run)
-        raw_model, saved = start(meta, run)
-        T = min(block_size, raw_model.config.block_size)
-        splits, data = load_data(saved, T)
-        check_processes(run, saved, data)
-        raw_model.train().to(run.device)
-        optimizer, scaler = make_optimizer(raw_model, saved, T, run)
+        # model, data, optimizer
+        meta = load_meta(dataset)
+        raw_model, saved = load_start(meta, machine)
+        T = raw_model.config.block_size
+        splits = {split: load_split(dataset, split, T, meta) for split in ('train', 'val')}
+        data = {split: fingerprint(tokens) for split, tokens in splits.items()}
+        check_processes(machine, data, saved)
+        raw_model.train().to(machine.device)
+        opt, scaler = make_optimizer(raw_model, saved, machine)
         params = list(raw_model.parameters())
-        model = torch.compile(raw_model) if run.compile else raw_model  # evaluated as it is
-        ddp_model = run.distribute(model)
-        print_plan(run, raw_model, splits, T)
+        model = torch.compile(raw_model) if machine.compile else raw_model  # evaluated as it is
+        ddp_model = machine.distribute(model)
+        print_plan(machine, raw_model.config, raw_model.get_num_params(), splits)
 
         # where the run stands
         iter_num = first_iter = saved.get('iter_num', 0)
         last_saved = iter_num if saved else None
-        other_loss = is_other_loss(saved, data, T)
-        best_val_loss = math.inf if other_loss else float(saved.get('best_val_loss', math.inf))
+        best_val_loss = float(saved.get('best_val_loss', math.inf))
+        if data != saved.get('data', data):
+            machine.print(f"data/{dataset} has changed since the checkpoint: the best val loss starts again")
+            best_val_loss = math.inf
         wandb_id = saved.get('wandb_id') or os.urandom(4).hex()     # a resumed run continues the same one
         config = {name: globals()[name] for name in setting_names}
-        config |= {key: getattr(raw_model.config, key) for key in MODEL_SETTINGS}
+        config |= {name: getattr(raw_model.config, name) for name in MODEL_SETTINGS}
         del saved                                                   # and its memory
-
-        # what it does again and again
-        signals = stack.enter_context(runtime.StopSignals())
-        writes = run.is_master and not eval_only
-        log = stack.enter_context(open_log(run, writes, config, wandb_id, iter_num, start is resume,
-                                           other_loss))
-
-        def save(is_best=False, keep=0):
-            nonlocal last_saved
-            if writes:
-                rundir.save(out_dir, dict(
-                    model=raw_model.state_dict(), optimizer=optimizer.state_dict(), iter_num=iter_num,
-                    scaler=scaler.state_dict() if run.dtype == 'float16' else {}, best_val_loss=best_val_loss,
-                    model_args=checkpoint.model_args(raw_model.config), config=config, meta=meta, data=data,
-                    wandb_id=wandb_id, launch=launch_id()), is_best, keep)
-            last_saved = iter_num
-            run.print(f"saved {out_dir}/last.pt" + (" and ckpt.pt" if is_best else ''))
+        if folder:
+            folder.drop_metrics(iter_num, is_evaluated(iter_num))
+        log = make_log(machine, folder, config, wandb_id)
+        stop = runtime.StopSignals()
 
         def get_batch(split, purpose, k):
             x, y = draw_batch(splits[split], batch_size, T, raw_model.config.vocab_size,
                               derive_seed(seed, purpose, k))
-            return run.to_device(x), run.to_device(y)               # (batch_size, T) each
+            return machine.to_device(x), machine.to_device(y)       # (batch_size, T) each
 
         def get_micro_batch(i):
             k = iter_num * gradient_accumulation_steps + i
@@ -575,91 +405,74 @@ def train():
                 torch.manual_seed(derive_seed(seed, runtime.DROPOUT, k))
             return get_batch('train', runtime.TRAIN_BATCH, k)
 
-        def stop_requested():
-            return run.any_process(signals.received)
+        def save(is_best=False, keep=0):
+            if folder:
+                folder.save(dict(
+                    model=raw_model.state_dict(), optimizer=opt.state_dict(), scaler=scaler.state_dict(),
+                    iter_num=iter_num, best_val_loss=best_val_loss, config=config, meta=meta, data=data,
+                    model_args=checkpoint.model_args(raw_model.config), wandb_id=wandb_id), is_best, keep)
+            machine.print(f"saved {out_dir}/last.pt" + (" and ckpt.pt" if is_best else ''))
+            return iter_num
 
-        if eval_only:
-            means = evaluate(model, run, get_batch, stop_requested)
-            if means is None:
-                run.print("interrupted: nothing was evaluated")
-                return
-            check_finite(f"step {iter_num}", means, last_saved)
-            log({'iter': iter_num, **means, 'lr': set_rate(optimizer, iter_num)})
-            if start is start_from_scratch:
-                run.print("these weights are not trained: --init_from=resume evaluates those in out_dir")
-            return
-
-        peak_flops = runtime.peak_flops(run)
-        seconds = []                                                # of each iteration since the last log
-        stop = False
+        peak_flops, tokens = machine.peak_flops(), gradient_accumulation_steps * batch_size * T
+        start_time, n_timed = time.perf_counter(), 0
         while True:
-            lr = set_rate(optimizer, iter_num)
+            lr = set_rate(opt, iter_num)
 
-            # evaluate and save
-            means = None
-            if is_evaluated(iter_num):
-                means = evaluate(model, run, get_batch, stop_requested)
-                if means is None and iter_num in (0, last_saved):   # interrupted, and nothing is lost
-                    stop = True
+            # evaluate, and save what is worth it
+            if eval_only or is_evaluated(iter_num):
+                means = evaluate(model, machine, get_batch, stop)
+                if means is not None:
+                    check_finite(f"step {iter_num}", last_saved, **means)
+                    is_best = means['val_loss'] <= best_val_loss
+                    best_val_loss = min(means['val_loss'], best_val_loss)
+                    log({'iter': iter_num, **means, 'lr': lr})
+                    if iter_num > 0 and not eval_only:
+                        last_saved = save(is_best or always_save_checkpoint, keep_checkpoints)
+                is_over = iter_num in (0, last_saved) if means is None else iter_num >= max_iters
+                if eval_only or is_over:
                     break
-            if means is not None:
-                check_finite(f"step {iter_num}", means, last_saved)
-                is_best = means['val_loss'] <= best_val_loss
-                best_val_loss = min(means['val_loss'], best_val_loss)
-                log({'iter': iter_num, **means, 'lr': lr})
-                if iter_num > 0:
-                    save(is_best or always_save_checkpoint, keep_checkpoints)
-                if iter_num >= max_iters:
-                    break
+                start_time, n_timed = time.perf_counter(), 0
 
-            # the gradient; a finite loss shows that the last update was good: save the weights if it is time,
-            # and stop if asked to
-            start_time = time.perf_counter()
-            losses = accumulate(ddp_model, scaler, run, get_micro_batch, gradient_accumulation_steps,
+            # the gradient; a finite loss shows that the last update was good, so that it may be saved
+            losses = accumulate(ddp_model, scaler, machine, get_micro_batch, gradient_accumulation_steps,
                                 checkpoint_activations)
-            stop = stop_requested()
-            is_due = save_interval > 0 and iter_num % save_interval == 0
-            if (stop or is_due) and iter_num not in (0, last_saved):
-                where = f"interrupted at iteration {iter_num}" if stop else f"iteration {iter_num}"
-                check_finite(where, {'loss': run.mean(losses)}, last_saved, "It was not saved. ")
-                save()
-            if stop:
+            stopping = machine.any(stop.received)
+            is_due = stopping or save_interval > 0 and iter_num % save_interval == 0
+            if is_due and iter_num not in (0, last_saved):
+                check_finite(f"iteration {iter_num}", last_saved, loss=machine.mean(losses))
+                last_saved = save()
+            if stopping:
                 break
 
-            # the update
-            norm = update(params, optimizer, scaler, run, grad_clip)
-
-            # log; only here the device is waited for
+            # the update; the device is synchronized only where its numbers are read
+            norm = update(params, opt, scaler, grad_clip)
+            n_timed += 1
             is_logged = iter_num % log_interval == 0
             if is_logged or is_evaluated(iter_num + 1):
-                values = {'loss': run.mean(losses), 'gradient norm': norm.item()}
-                if run.dtype == 'float16':                          # whose scaler skips steps by itself
-                    del values['gradient norm']
-                check_finite(f"iteration {iter_num}", values, last_saved, "Nothing was updated. ")
-            seconds.append(time.perf_counter() - start_time)
+                loss, norm = machine.mean(losses), norm.item()
+                # float16's gradients may overflow: its scaler then skips the step
+                values = dict(loss=loss) if machine.dtype == 'float16' else dict(loss=loss, norm=norm)
+                check_finite(f"iteration {iter_num}", last_saved, **values)
             if is_logged:
-                dt = sum(seconds) / len(seconds)
-                record = {'iter': iter_num, 'loss': values['loss'], 'lr': lr, 'grad_norm': norm.item(),
-                          'ms': 1000 * dt}
-                if iter_num > first_iter:
-                    record['tokens_per_s'] = gradient_accumulation_steps * batch_size * T / dt
-                    if peak_flops:
-                        n_sequences = gradient_accumulation_steps * batch_size / run.world_size
-                        record['mfu'] = raw_model.estimate_mfu(n_sequences, dt, peak_flops)
+                dt = (time.perf_counter() - start_time) / n_timed
+                record = {'iter': iter_num, 'loss': loss, 'lr': lr, 'grad_norm': norm, 'ms': 1000 * dt,
+                          'tokens_per_s': tokens / dt}
+                if peak_flops:
+                    record['mfu'] = raw_model.estimate_mfu(tokens / T / machine.world_size, dt, peak_flops)
                 log(record)
             if is_logged or iter_num == first_iter:                 # the first iteration compiles
-                seconds = []
-
+                start_time, n_timed = time.perf_counter(), 0
             iter_num += 1
 
-        if stop:
-            hint = "resume with --init_from=resume" if iter_num > 0 else "nothing to save"
-            run.print(f"interrupted at iteration {iter_num}: {hint}")
-        else:
-            run.print(f"done: {iter_num} iterations, best val loss {best_val_loss:.4f}, curve in "
-                      f"{out_dir}/loss.png\nnext: python sample.py --out_dir={out_dir}")
+        if stop.received:
+            hint = "resume with --init_from=resume" if last_saved else "nothing to save"
+            machine.print(f"interrupted at iteration {iter_num}: {hint}")
+        elif not eval_only:
+            machine.print(f"done: {iter_num} iterations, best val loss {best_val_loss:.4f}, curve in "
+                          f"{out_dir}/loss.png")
+        if last_saved and not eval_only: machine.print(f"next: python sample.py --out_dir={out_dir}")
 
 
 if __name__ == '__main__':
-    with runtime.one_line_errors():
-        train()
+    train()

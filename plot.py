@@ -1,0 +1,48 @@
+"""Draw the loss curves of one or several runs.
+
+    python plot.py out-shakespeare-char
+    python plot.py out-a out-b --file=compared.png
+"""
+from pathlib import Path
+
+# ---------------------------------------------------------------------------------------------------------
+# settings
+runs = []                      # the folders of the runs
+file = ''                      # the picture to make; '': loss.png in the first folder
+# ---------------------------------------------------------------------------------------------------------
+from configurator import UserError, configure
+
+configure(globals(), plain='runs')
+
+from checkpoint import atomic_write, read_metrics
+
+
+def plot_losses(folders, path):
+    """Draw the batch, train and val losses in the folders' metrics.jsonl as a PNG at path."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(8, 5), layout='constrained')
+    axes = figure.subplots()
+    styles = {'loss': dict(lw=0.8, alpha=0.3), 'train_loss': dict(ls='--', lw=1), 'val_loss': dict(marker='.')}
+    for i, folder in enumerate(folders):
+        records = read_metrics(folder)
+        for key, style in styles.items():
+            points = [(record['iter'], record[key]) for record in records if key in record]
+            name = {'loss': 'batch', 'train_loss': 'train', 'val_loss': 'val'}[key]
+            label = name if len(folders) == 1 else f'{folder}: {name}'
+            color = f'C{i}' if len(folders) > 1 else None
+            axes.plot([x for x, _ in points], [y for _, y in points], label=label, color=color, **style)
+    axes.set(xlabel='iteration', ylabel='loss (nats per token)')
+    axes.set_title(', '.join(map(str, folders)), parse_math=False)  # a $ in a path means nothing
+    axes.grid(alpha=0.3)
+    axes.legend(loc='upper right')
+    with atomic_write(path) as png:
+        figure.savefig(png, format='png', dpi=120)
+    figure.clear()                                                  # else it takes a while to be collected
+
+
+if __name__ == '__main__':
+    if not runs:
+        raise UserError("give the folders of runs, such as python plot.py out-shakespeare-char")
+    target = file or Path(runs[0]) / 'loss.png'
+    plot_losses(runs, target)
+    print(target)
