@@ -30,6 +30,7 @@ from configurator import UserError
 from dataset import load_meta
 from model import GPT, GPTConfig
 
+GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')  # transformers downloads them
 NANOGPT_ARGS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
 
 
@@ -106,13 +107,6 @@ class RunFolder:
             found = os.stat(self.path / '.lock')
             return found.st_dev, found.st_ino
 
-    def go_back(self, path: Path) -> None:
-        """Make a kept state the newest one; that is kept as last-before.pt."""
-        last = self.path / 'last.pt'
-        if last.exists() and not os.path.samefile(path, last):
-            link(last, self.path / 'last-before.pt')
-        link(path, last)
-
     def save(self, state: dict, is_best: bool, keep: int = 0) -> None:
         """Write last.pt; link it to ckpt.pt if it is the best, and keep the newest `keep` as iter-N.pt.
 
@@ -121,8 +115,6 @@ class RunFolder:
         if self.lock_identity() != self.identity:
             self.claim(is_new=True)
         last, best = self.path / 'last.pt', self.path / 'ckpt.pt'
-        if best.exists() and not last.exists():                     # nanoGPT's
-            link(best, self.path / 'ckpt-before.pt')
         with atomic_write(last) as file:
             torch.save(state, file.name)                            # twice as fast as into the Python file
         if is_best:
@@ -137,8 +129,16 @@ class RunFolder:
         with open(self.path / 'metrics.jsonl', 'a') as file:
             file.write(json.dumps(record) + '\n')
 
-    def drop_metrics(self, iter_num: int, evaluates: bool) -> None:
-        """Drop what a run resumed at iter_num logs again; evaluates: its evaluation there, too."""
+    def resume(self, iter_num: int, evaluates: bool, path: Path | None) -> None:
+        """Drop the records that a run resumed at iter_num logs again; evaluates: its evaluation there, too.
+
+        States that were not resumed from path, where that is not last.pt, are kept as last-before.pt and
+        ckpt-before.pt: those of nanoGPT, or of the run before it went back.
+        """
+        if path and path.name != 'last.pt':
+            for name in ('last', 'ckpt'):
+                if (self.path / f'{name}.pt').exists():
+                    link(self.path / f'{name}.pt', self.path / f'{name}-before.pt')
         kept = [record for record in read_metrics(self.path) if record['iter'] < iter_num
                 or record['iter'] == iter_num and 'val_loss' in record and not evaluates]
         with atomic_write(self.path / 'metrics.jsonl', 'x') as file:
@@ -169,7 +169,7 @@ def find(out_dir: str | Path, *names: str) -> Path:
 def load(path: str | Path) -> dict:
     """Read a checkpoint, ours or nanoGPT's, to the CPU, running no code in it. Raises UserError.
 
-    Beside what is in the file it has a key `hash`.
+    Beside what is in the file it has the keys `path` and `hash`.
     """
     try:
         with zipfile.ZipFile(path) as archive:                      # torch.load looks at none of this
@@ -178,7 +178,7 @@ def load(path: str | Path) -> dict:
                 raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location='cpu', weights_only=True)
         state['hash'] = hashlib.sha256(repr([(e.filename, e.CRC) for e in entries]).encode()).hexdigest()
-        state.setdefault('config', {})
+        state.update(path=Path(path), config=state.get('config', {}))
         weights, _ = state['model'], state['model_args']['vocab_size']
         broken = [name for name, weight in weights.items() if not weight.isfinite().all()]
     except Exception as error:                                      # damaged files raise almost anything

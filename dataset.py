@@ -18,7 +18,6 @@ import torch
 
 from configurator import UserError
 
-
 # ---------------------------------------------------------------------------------------------------------
 # tokens
 
@@ -59,8 +58,8 @@ def draw_batch(data: np.memmap, batch_size: int, block_size: int, vocab_size: in
     windows = data[starts[:, None] + np.arange(block_size + 1)]     # (batch_size, block_size + 1)
     if windows.max() >= vocab_size:
         row, column = np.argwhere(windows >= vocab_size)[0]
-        raise UserError(f"{data.filename}: token {windows[row, column]} at offset {starts[row] + column}, but "
-                        f"the model's vocab_size is {vocab_size}")
+        raise UserError(f"{data.filename}: token {windows[row, column]} at offset {starts[row] + column}, "
+                        f"but the model's vocab_size is {vocab_size}")
     windows = torch.from_numpy(windows.astype(np.int64))
     return windows[:, :-1], windows[:, 1:]
 
@@ -135,8 +134,8 @@ def tokenizer(meta: dict | None) -> Tokenizer:
         text = text.encode().decode('latin-1') if is_bytes else text
         pieces = pattern.findall(text) if longest_first and len(longest_first[0]) > 1 else text
         for piece in set(pieces) - stoi.keys():
-            raise UserError(f"character {piece!r} at position {text.index(piece)} is not in the vocabulary of "
-                            f"{len(stoi)} tokens, {''.join(stoi)!r:.100}; --start=IDS:1,2,3 takes token ids")
+            raise UserError(f"character {piece!r} at position {text.index(piece)} is not in the vocabulary "
+                            f"of {len(stoi)} tokens, {''.join(stoi)!r:.100}; --start=IDS:1,2,3 takes token ids")
         return [stoi[piece] for piece in pieces]
 
     def decode_bytes(ids):

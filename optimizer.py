@@ -79,7 +79,7 @@ class Muon(torch.optim.Optimizer):
 
 def configure_muon(model: torch.nn.Module, weight_decay: float, learning_rate: float, betas: tuple,
                    muon_learning_rate: float, momentum: float, ns_steps: int) -> Muon:
-    """Muon for a model.GPT. lr_ratio is a group's rate over learning_rate, so that one schedule serves all."""
+    """Muon for a model.GPT. lr_ratio is a group's rate over learning_rate: one schedule serves all."""
     matrices = {name: p for name, p in model.transformer.h.named_parameters() if p.dim() == 2}
     q_k_v = [p for name, p in matrices.items() if 'c_attn' in name]
     others = [p for name, p in matrices.items() if 'c_attn' not in name]

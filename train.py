@@ -2,19 +2,12 @@
 
     python train.py config/train_shakespeare_char.py                      one GPU, or what there is
     python train.py config/train_shakespeare_char_cpu.py --batch_size=32  any setting can be overridden
+    python train.py config/train_shakespeare_char.py --init_from=resume   continue the run in out_dir
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
     torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=IP --master_port=1234 train.py
-    (and the same with --node_rank=1 on the second machine)
-
-    --init_from=scratch             a new run; what an earlier one left in out_dir moves to out_dir/previous/
-    --init_from=resume              continue the run in out_dir
-    --init_from=auto                the same if there is one, else start a new one
-    --init_from=out/iter-000500.pt  go back to a state that keep_checkpoints kept
-    --init_from=gpt2-xl             a new run with GPT-2's weights (gpt2, gpt2-medium, gpt2-large, gpt2-xl)
-    --init_from=FOLDER              or with those of another run, or of a GPT-2 that transformers saved
 
 Writes to out_dir: last.pt (the newest state), ckpt.pt (the best, or with always_save_checkpoint the newest),
-metrics.jsonl (a line for each log and evaluation) and loss.png.
+metrics.jsonl (a line for each log and evaluation) and loss.png. A new run moves older ones to previous/.
 """
 import math
 import os
@@ -36,7 +29,8 @@ eval_only = False              # evaluate once, then stop
 always_save_checkpoint = True  # ckpt.pt at every evaluation, not just when the val loss improved
 save_interval = 0              # save last.pt every N iterations as well; 0: at evaluations only
 keep_checkpoints = 0           # keep the states of the last N evaluations, as iter-000500.pt
-init_from = 'scratch'          # or resume, auto, gpt2, gpt2-medium, ..., a folder, a kept state (see above)
+init_from = 'scratch'          # or resume, auto (resume if there is a run), out/iter-000500.pt (a kept one);
+                               # or weights: gpt2, ..., gpt2-xl, the folder of a run, of a transformers GPT-2
 # wandb
 wandb_log = False              # log to Weights & Biases as well
 wandb_project = 'owt'          # under this project
@@ -92,123 +86,92 @@ from model import GPT, GPTConfig
 from optimizer import configure_muon
 from runtime import derive_seed
 
-GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 MODEL_SETTINGS = [field.name for field in fields(GPTConfig)         # which the weights decide
                   if field.name in setting_names and field.name != 'dropout']
 LAUNCH_SETTINGS = (            # may differ between the processes and resumes of a run: they change no number
     'init_from', 'out_dir', 'eval_only', 'log_interval', 'save_interval', 'keep_checkpoints', 'wandb_log',
     'wandb_project', 'wandb_run_name', 'device', 'backend', 'timeout')
+IS_RESTART = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0  # of a torchrun, after a crash
 
 
 # ---------------------------------------------------------------------------------------------------------
 # where a run starts
 
 def claim(machine):
-    """A context in which out_dir belongs to this run: a RunFolder, or None in a process that writes nothing."""
+    """A context in which out_dir belongs to this run: a RunFolder, or None where nothing is written."""
     if eval_only or not machine.is_master:
         return nullcontext()
-    goes_back, is_restart = init_from.endswith('.pt'), is_restarted()
-    in_out_dir = goes_back and Path(init_from).parent.resolve() == Path(out_dir).resolve()
-    folder = checkpoint.RunFolder(out_dir, not (is_restart or in_out_dir or init_from in ('resume', 'auto')))
-    if goes_back and not is_restart:
-        folder.go_back(checkpoint.find(init_from))
-    return folder
-
-
-def is_restarted():
-    """Whether torchrun has started this process again after a crash."""
-    return int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
+    goes_back = init_from.endswith('.pt') and Path(init_from).parent.resolve() == Path(out_dir).resolve()
+    is_new = not (goes_back or IS_RESTART or init_from in ('resume', 'auto'))
+    return checkpoint.RunFolder(out_dir, is_new)
 
 
 def load_start(meta, machine):
-    """The model and the state that the run starts with; the state is {} for a new run."""
-    states = [Path(out_dir) / name for name in ('last.pt', 'ckpt.pt')]
-    has_state = machine.any(machine.is_master and any(path.exists() for path in states))  # out_dir is claimed
-    if init_from.endswith('.pt') and eval_only:
-        return load_checkpoint(Path(init_from), meta, machine, resumes=True)
-    if init_from == 'resume' or init_from.endswith('.pt') or has_state and (init_from == 'auto' or is_restarted()):
-        return load_checkpoint(checkpoint.find(out_dir, 'last.pt', 'ckpt.pt'), meta, machine, resumes=True)
+    """The model that the run starts with, and the state that it resumes from, {} for a new run."""
+    names = ('last.pt', 'ckpt.pt')
+    found = machine.is_master and any((Path(out_dir) / name).exists() for name in names)
+    if init_from == 'resume' or machine.any(found) and (init_from == 'auto' or IS_RESTART):
+        return load_checkpoint(checkpoint.find(out_dir, *names), meta, machine, resumes=True)
     if init_from in ('scratch', 'auto'):
         torch.manual_seed(derive_seed(seed, runtime.INIT))
         sizes = {name: globals()[name] for name in MODEL_SETTINGS}
         vocab_size = meta['vocab_size'] if meta else 50304          # GPT-2's 50257, padded for speed
         return GPT(GPTConfig(vocab_size=vocab_size, dropout=dropout, **sizes)), {}
-    if init_from not in GPT2_NAMES and not Path(init_from).is_dir():
-        raise UserError(f"init_from must be scratch, resume, auto, {', '.join(GPT2_NAMES)}, a folder or a kept "
-                        f"state, got {init_from!r}")
-    if init_from in GPT2_NAMES or (Path(init_from) / 'config.json').exists():
+    saved = {}
+    if init_from in checkpoint.GPT2_NAMES or (Path(init_from) / 'config.json').exists():
         model = checkpoint.pretrained(init_from, dropout)
         check_model(model.config, init_from, machine)
     else:
         path = checkpoint.find(init_from, 'ckpt.pt', 'last.pt')
-        model, _ = load_checkpoint(path, meta, machine, resumes=False)
-    if block_size < model.config.block_size:
+        model, saved = load_checkpoint(path, meta, machine, resumes=init_from.endswith('.pt'))
+    if not saved and block_size < model.config.block_size:
         model.crop_block_size(block_size)
-    return model, {}
+    return model, saved
 
 
 def load_checkpoint(path, meta, machine, resumes):
-    """The model of a checkpoint and its state; of another run's, which does not resume, the weights count alone."""
-    state = checkpoint.load(path)
-    if state.get('meta', meta) != meta:
+    """The model of a checkpoint and its state, which is {} for a new run with its weights."""
+    saved = checkpoint.load(path)
+    if saved.get('meta', meta) != meta:
         raise UserError(f"data/{dataset} has a different vocabulary from the training data of {path}")
-    if not resumes:
-        config = GPTConfig(**state['model_args'])
-        sizes = {} if config.has_wpe else {'block_size': block_size}  # train short, go on long
-        model = checkpoint.build_model(state, dropout=dropout, **sizes)
-    elif state['config'].get('optimizer', 'adamw') != optimizer:
-        raise UserError(f"{path} has the state of optimizer={state['config']['optimizer']}: resume with that")
-    else:
-        model = checkpoint.build_model(state, dropout=dropout)
-    machine.print(f"resuming from {path} at iteration {state['iter_num']}" if resumes else
-                  f"starting with the weights of {path}")
+    before = saved['config'].get('optimizer', 'adamw')
+    if resumes and before != optimizer:
+        raise UserError(f"{path} has the state of optimizer={before}: resume with that, not with {optimizer}")
+    model = checkpoint.build_model(saved, dropout=dropout)
+    if not resumes and not model.config.has_wpe:
+        model.config.block_size = block_size                        # train short, go on long
+    at = f" at iteration {saved['iter_num']}" if resumes else ", its weights alone"
+    machine.print(f"{'resuming' if resumes else 'starting'} from {path}{at}")
     check_model(model.config, path, machine)
-    return model, state
+    return model, saved if resumes else {}
 
 
 def check_model(config, source, machine):
-    """Print the sizes that weights decide against the settings. Raises UserError for a switch that they lack."""
+    """Print the sizes that weights decide against the settings. Raises UserError for a switch they lack."""
     for name in MODEL_SETTINGS:
         ours, theirs = globals()[name], getattr(config, name)
         if ours != theirs and name not in checkpoint.NANOGPT_ARGS and ours != getattr(GPTConfig, name):
-            raise UserError(f"{name}={ours} can't go on from {source}, which was trained without it")
+            raise UserError(f"{name}={ours} can't go on from {source}, trained without it")
         if ours != theirs:
             machine.print(f"{name}: {theirs!r} as in {source}, not {ours!r}")
 
 
-def check_settings(machine):
-    """Raise UserError for settings that no run can work with."""
-    if min(eval_interval, log_interval, eval_iters, batch_size) < 1:
-        raise UserError("eval_interval, log_interval, eval_iters and batch_size must be at least 1")
-    if gradient_accumulation_steps < machine.world_size:
-        raise UserError(f"gradient_accumulation_steps={gradient_accumulation_steps} can't be shared by "
-                        f"{machine.world_size} processes: make it a multiple of their number")
-    if optimizer not in ('adamw', 'muon'):
-        raise UserError(f"optimizer must be adamw or muon, got {optimizer!r}")
-
-
-def check_processes(machine, data, saved):
-    """Raise UserError if the processes disagree, as on machines with folders of their own."""
-    settings = {name: globals()[name] for name in setting_names if name not in LAUNCH_SETTINGS}
-    if not machine.same([settings, data, saved.get('hash')]):
-        raise UserError("the processes differ in their settings, their data or their checkpoint: all machines "
-                        "need the same command, data/ and out_dir (a shared disk)")
-
-
-def make_optimizer(model, state, machine):
-    """The optimizer, and float16's gradient scaler. The state gives moments, the settings the rest."""
+def make_optimizer(model, saved, machine):
+    """The optimizer and float16's gradient scaler. A saved state gives the moments, the settings the rest."""
     betas = (beta1, beta2)
     if optimizer == 'muon':
-        opt = configure_muon(model, weight_decay, learning_rate, betas, muon_learning_rate, muon_momentum, muon_steps)
-    else:
+        opt = configure_muon(model, weight_decay, learning_rate, betas, muon_learning_rate, muon_momentum,
+                             muon_steps)
+    elif optimizer == 'adamw':
         opt = model.configure_optimizers(weight_decay, learning_rate, betas, machine.device.type)
+    else:
+        raise UserError(f"optimizer must be adamw or muon, got {optimizer!r}")
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == 'float16')
-    if state:
-        saved = state['optimizer']
+    if saved:
         groups = [{**new, 'params': old['params']}
-                  for new, old in zip(opt.param_groups, saved['param_groups'], strict=True)]
-        opt.load_state_dict({'state': saved['state'], 'param_groups': groups})
-        scaler.load_state_dict(state.get('scaler') or scaler.state_dict())
+                  for new, old in zip(opt.param_groups, saved['optimizer']['param_groups'], strict=True)]
+        opt.load_state_dict({'state': saved['optimizer']['state'], 'param_groups': groups})
+        scaler.load_state_dict(saved.get('scaler') or scaler.state_dict())
     return opt, scaler
 
 
@@ -233,11 +196,10 @@ def evaluate(model, machine, get_batch, stop):
     means = {}
     for split, purpose in (('train', runtime.EVAL_TRAIN), ('val', runtime.EVAL_VAL)):
         losses = torch.zeros(eval_iters, device=machine.device)     # each process fills in its own
-        for first in range(0, eval_iters, machine.world_size):
+        for k in range(machine.rank, eval_iters + machine.rank, machine.world_size):
             if machine.any(stop.received):
                 model.train()
                 return None
-            k = first + machine.rank
             if k < eval_iters:
                 with machine.autocast():
                     _, losses[k] = model(*get_batch(split, purpose, k), return_logits=False)
@@ -249,9 +211,8 @@ def evaluate(model, machine, get_batch, stop):
 def accumulate(model, scaler, machine, get_batch, n_batches, checkpoint_activations=False):
     """Add up the gradient of an update over n_batches micro-batches, which the processes share.
 
-    get_batch(i): inputs and targets of micro-batch i, (B, T) int64 each. checkpoint_activations: see
-    GPT.forward. Returns the losses (n_batches,) as a device tensor, without synchronizing; each process has
-    filled in its own, and machine.mean() gives their mean.
+    get_batch(i): inputs and targets of micro-batch i, (B, T) int64 each. Returns the losses (n_batches,) as a
+    device tensor, without synchronizing; each process has filled in its own, machine.mean() gives their mean.
     """
     losses = torch.zeros(n_batches, device=machine.device)
     share = n_batches / machine.world_size                          # DDP averages the processes' gradients
@@ -280,19 +241,9 @@ def check_finite(where, last_saved, **values):
     """Raise UserError unless all values are finite: every state is vouched for by such a check."""
     if not all(math.isfinite(value) for value in values.values()):
         listed = ', '.join(f"{name} {value:.4g}" for name, value in values.items())
-        last = "there is no checkpoint yet" if last_saved is None else f"last.pt is good, of iteration {last_saved}"
-        raise UserError(f"{where}: {listed}; {last}. Try a lower learning_rate, grad_clip=1.0, a longer warm-up, "
-                        "or dtype=float32")
-
-
-def set_rate(opt, iter_num):
-    """Set the learning rate of update iter_num, and return it."""
-    lr = learning_rate
-    if decay_lr:
-        lr = cosine_lr(iter_num, learning_rate, min_lr, warmup_iters, lr_decay_iters)
-    for group in opt.param_groups:
-        group['lr'] = lr * group.get('lr_ratio', 1.0)               # Muon's rate follows AdamW's
-    return lr
+        last = f"last.pt, iteration {last_saved}, is good" if last_saved else "There is no checkpoint yet"
+        raise UserError(f"{where}: {listed}. {last}. Try a lower learning_rate, grad_clip=1.0, a longer "
+                        "warm-up, or dtype=float32")
 
 
 def is_evaluated(iter_num):
@@ -300,22 +251,16 @@ def is_evaluated(iter_num):
     return iter_num % eval_interval == 0 or iter_num >= max_iters
 
 
-# ---------------------------------------------------------------------------------------------------------
-# what is said and logged
-
 def print_plan(machine, config, n_params, splits):
     """Print what will be trained on what."""
-    tokens = gradient_accumulation_steps * batch_size * config.block_size
-    n_train, n_val = len(splits['train']), len(splits['val'])
+    tokens, n = gradient_accumulation_steps * batch_size * config.block_size, len(splits['train'])
     positions = 'ALiBi' if config.use_alibi else 'rotary' if config.use_rope else 'learned'
-    plan = {
-        'device': machine,
-        'data': f"data/{dataset}, {n_train:,} train tokens, {n_val:,} val tokens",
-        'model': f"{n_params / 1e6:.2f}M parameters, {positions} positions, vocab_size {config.vocab_size}",
-        'iteration': f"{tokens:,} tokens = {gradient_accumulation_steps} x {batch_size} x {config.block_size}",
-        'run': f"{max_iters:,} iterations = {max_iters * tokens / n_train:.2f} epochs, {optimizer} at {learning_rate:g}"}
-    for key, text in plan.items():
-        machine.print(f"{key + ':':<11}{text}")
+    machine.print(f"""\
+device:    {machine}
+data:      data/{dataset}, {n:,} train tokens, {len(splits['val']):,} val tokens
+model:     {n_params / 1e6:.2f}M parameters, {positions} positions, vocab_size {config.vocab_size}
+iteration: {tokens:,} tokens = {gradient_accumulation_steps} x {batch_size} x {config.block_size}
+run:       {max_iters:,} iterations = {max_iters * tokens / n:.2f} epochs, {optimizer} at {learning_rate}""")
     if gradient_accumulation_steps % machine.world_size:
         machine.print(f"gradient_accumulation_steps={gradient_accumulation_steps} is not a multiple of the "
                       f"{machine.world_size} processes: some will wait for the others")
@@ -323,54 +268,45 @@ def print_plan(machine, config, n_params, splits):
         machine.print(f"from iteration {lr_decay_iters} on the learning rate is min_lr={min_lr:g}")
 
 
-def log_line(record):
-    """What is printed of an evaluation or of an iteration, a record of metrics.jsonl."""
+def log(record, machine, folder, wandb):
+    """Print a record, and add it to metrics.jsonl, loss.png and wandb. None of them may kill the run."""
     if 'val_loss' in record:
-        return (f"step {record['iter']}: train loss {record['train_loss']:.4f}, val loss {record['val_loss']:.4f}, "
-                f"perplexity {math.exp(min(record['val_loss'], 700)):.5g}, lr {record['lr']:.1e}")
-    speed = f"mfu {100 * record['mfu']:.2f}%" if 'mfu' in record else f"{record['tokens_per_s'] / 1000:.1f}k tok/s"
-    left = timedelta(seconds=round(record['ms'] / 1000 * (max_iters - record['iter'] - 1)))
-    return (f"iter {record['iter']}: loss {record['loss']:.4f}, time {record['ms']:.2f}ms, {speed}, "
-            f"norm {record['grad_norm']:.2f}, eta {left}")
-
-
-def make_log(machine, folder, config, wandb_id):
-    """A function that prints a record, and adds it to metrics.jsonl, loss.png and wandb's run of that id."""
-    send = None
-    if wandb_log and machine.is_master:
-        import wandb  # only here: it is slow to import
-        wandb.init(project=wandb_project, name=wandb_run_name, config=config, id=wandb_id, resume='allow')
-        wandb.define_metric('*', step_metric='iter')
-        names = {'train_loss': 'train/loss', 'val_loss': 'val/loss', 'loss': 'train/batch_loss'}
-        send = lambda record: wandb.log({names.get(key, key): value for key, value in record.items()})
-
-    def log(record):
-        machine.print(log_line(record))
-        try:
-            if folder:
-                folder.log(record)
-            if folder and 'val_loss' in record:
-                from plot import plot_losses  # only here: matplotlib is slow to import
-                plot_losses([out_dir], Path(out_dir) / 'loss.png')
-            if send:
-                send(record)
-        except Exception as error:                                  # a broken logger must not kill the run
-            warnings.warn(f"not logged: {error!r}")
-    return log
+        machine.print("step {iter}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, perplexity "
+                      "{0:.5g}, lr {lr:.1e}".format(math.exp(min(700, record['val_loss'])), **record))
+    else:
+        speed = "mfu {mfu:.2%}" if 'mfu' in record else "{tokens_per_s:,.0f} tok/s"
+        left = timedelta(seconds=round(record['ms'] / 1000 * (max_iters - record['iter'] - 1)))
+        machine.print(("iter {iter}: loss {loss:.4f}, time {ms:.2f}ms, " + speed + ", norm {grad_norm:.2f}, "
+                       "eta {0}").format(left, **record))
+    try:
+        if folder:
+            folder.log(record)
+        if folder and 'val_loss' in record:
+            from plot import plot_losses  # only here: matplotlib is slow to import
+            plot_losses([out_dir], Path(out_dir) / 'loss.png')
+        if wandb:
+            names = {'train_loss': 'train/loss', 'val_loss': 'val/loss', 'loss': 'train/batch_loss'}
+            wandb.log({names.get(key, key): value for key, value in record.items()})
+    except Exception as error:
+        warnings.warn(f"not logged: {error!r}")
 
 
 def train():
     """Train as the settings say."""
     with runtime.processes(device, dtype, compile, backend, timeout) as machine, claim(machine) as folder:
-        check_settings(machine)
-
         # model, data, optimizer
         meta = load_meta(dataset)
         raw_model, saved = load_start(meta, machine)
         T = raw_model.config.block_size
         splits = {split: load_split(dataset, split, T, meta) for split in ('train', 'val')}
         data = {split: fingerprint(tokens) for split, tokens in splits.items()}
-        check_processes(machine, data, saved)
+        settings = {name: globals()[name] for name in setting_names if name not in LAUNCH_SETTINGS}
+        if not machine.same([settings, data, saved.get('hash')]):
+            raise UserError("the processes differ in their settings, their data or their checkpoint: all "
+                            "machines need the same command, data/ and out_dir (a shared disk)")
+        if gradient_accumulation_steps < machine.world_size:
+            raise UserError(f"gradient_accumulation_steps={gradient_accumulation_steps} can't be shared by "
+                            f"{machine.world_size} processes: make it a multiple of their number")
         raw_model.train().to(machine.device)
         opt, scaler = make_optimizer(raw_model, saved, machine)
         params = list(raw_model.parameters())
@@ -385,13 +321,16 @@ def train():
         if data != saved.get('data', data):
             machine.print(f"data/{dataset} has changed since the checkpoint: the best val loss starts again")
             best_val_loss = math.inf
-        wandb_id = saved.get('wandb_id') or os.urandom(4).hex()     # a resumed run continues the same one
         config = {name: globals()[name] for name in setting_names}
         config |= {name: getattr(raw_model.config, name) for name in MODEL_SETTINGS}
-        del saved                                                   # and its memory
+        wandb, wandb_id = None, saved.get('wandb_id') or os.urandom(4).hex()
         if folder:
-            folder.drop_metrics(iter_num, is_evaluated(iter_num))
-        log = make_log(machine, folder, config, wandb_id)
+            folder.resume(iter_num, is_evaluated(iter_num), saved.get('path'))
+        del saved                                                   # and its memory
+        if wandb_log and machine.is_master:
+            import wandb
+            wandb.init(project=wandb_project, name=wandb_run_name, config=config, id=wandb_id, resume='allow')
+            wandb.define_metric('*', step_metric='iter')
         stop = runtime.StopSignals()
 
         def get_batch(split, purpose, k):
@@ -417,7 +356,10 @@ def train():
         peak_flops, tokens = machine.peak_flops(), gradient_accumulation_steps * batch_size * T
         start_time, n_timed = time.perf_counter(), 0
         while True:
-            lr = set_rate(opt, iter_num)
+            lr = cosine_lr(iter_num, learning_rate, min_lr, warmup_iters, lr_decay_iters) if decay_lr \
+                else learning_rate
+            for group in opt.param_groups:
+                group['lr'] = lr * group.get('lr_ratio', 1.0)       # Muon's rate follows AdamW's
 
             # evaluate, and save what is worth it
             if eval_only or is_evaluated(iter_num):
@@ -426,7 +368,7 @@ def train():
                     check_finite(f"step {iter_num}", last_saved, **means)
                     is_best = means['val_loss'] <= best_val_loss
                     best_val_loss = min(means['val_loss'], best_val_loss)
-                    log({'iter': iter_num, **means, 'lr': lr})
+                    log({'iter': iter_num, **means, 'lr': lr}, machine, folder, wandb)
                     if iter_num > 0 and not eval_only:
                         last_saved = save(is_best or always_save_checkpoint, keep_checkpoints)
                 is_over = iter_num in (0, last_saved) if means is None else iter_num >= max_iters
@@ -460,7 +402,7 @@ def train():
                           'tokens_per_s': tokens / dt}
                 if peak_flops:
                     record['mfu'] = raw_model.estimate_mfu(tokens / T / machine.world_size, dt, peak_flops)
-                log(record)
+                log(record, machine, folder, wandb)
             if is_logged or iter_num == first_iter:                 # the first iteration compiles
                 start_time, n_timed = time.perf_counter(), 0
             iter_num += 1
@@ -469,9 +411,8 @@ def train():
             hint = "resume with --init_from=resume" if last_saved else "nothing to save"
             machine.print(f"interrupted at iteration {iter_num}: {hint}")
         elif not eval_only:
-            machine.print(f"done: {iter_num} iterations, best val loss {best_val_loss:.4f}, curve in "
-                          f"{out_dir}/loss.png")
-        if last_saved and not eval_only: machine.print(f"next: python sample.py --out_dir={out_dir}")
+            hint = f": python sample.py --out_dir={out_dir}" if last_saved else ''
+            machine.print(f"done: {iter_num} iterations, best val loss {best_val_loss:.4f}{hint}")
 
 
 if __name__ == '__main__':
