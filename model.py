@@ -33,11 +33,9 @@ class GPTConfig:
     gelu: str = 'erf'        # or 'tanh', the approximation that GPT-2's own weights were trained with
 
     def __post_init__(self):
-        if min(self.block_size, self.vocab_size, self.n_layer, self.n_head, self.n_embd) < 1:
-            raise ValueError(f"all sizes must be at least 1: {self}")
         if self.n_embd % self.n_head or self.use_rope and self.n_embd // self.n_head % 2:
-            raise ValueError(f"n_embd must be a multiple of n_head, with use_rope an even one, "
-                             f"got n_embd={self.n_embd}, n_head={self.n_head}")
+            raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}, an even one "
+                             "with use_rope")
         if self.use_alibi and self.use_rope:
             raise ValueError("use_alibi and use_rope exclude each other: choose one")
 
@@ -72,6 +70,18 @@ def alibi_bias(slopes: torch.Tensor, i: torch.Tensor, S: int) -> torch.Tensor:
     return torch.addcmul(mask, -slopes.view(1, -1, 1, 1), distance)  # (1, H, T, S)
 
 
+def alibi_masks(slopes: torch.Tensor, i: torch.Tensor, S: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """alibi_bias() in pieces, for some of the queries and the keys up to the last of them each.
+
+    On a CPU the kernel with a mask computes every key for every query: pieces of 256 spare it the later keys.
+    """
+    T = i.size(0)
+    if i.device.type != 'cpu' or torch.compiler.is_exporting():
+        return [alibi_bias(slopes, i, S).to(dtype)]
+    return [alibi_bias(slopes, i[start:start + 256], S - T + min(start + 256, T)).to(dtype)
+            for start in range(0, T, 256)]
+
+
 def rotary_angles(i: torch.Tensor, D: int, base: float = 10000.0) -> tuple[torch.Tensor, torch.Tensor]:
     """What rotate() takes for tokens at positions i (T,): cosines and signed sines, (T, D) float32 each.
 
@@ -93,28 +103,20 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 # the transformer
 
 class KVCache:
-    """Keys and values of the tokens seen so far, (B, H, capacity, D) twice for each layer.
-
-    It is allocated once and attended to as a whole, with a mask, as in gpt-fast: no shape ever changes.
-    """
+    """Keys and values of the tokens seen so far. As in gpt-fast no shape changes: a mask hides the rest."""
 
     def __init__(self, capacity: int, device: torch.device):
         self.capacity = capacity
         self.length = torch.zeros((), dtype=torch.int64, device=device)  # tokens seen
-        self.layers = []     # a (keys, values) pair each
+        self.keys, self.values = [], []  # of each layer, (B, H, capacity, D)
 
-    def extend(self, layer: int, i: torch.Tensor, k: torch.Tensor,
-               v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def extend(self, layer: int, i: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple:
         """Store k and v (B, H, T, D) of the tokens at positions i (T,); return those of all, (B, H, S, D)."""
-        if layer == len(self.layers):
+        if layer == len(self.keys):
             shape = (*k.shape[:2], self.capacity, k.size(3))
-            self.layers.append((k.new_zeros(shape), v.new_zeros(shape)))  # what is masked must be finite
-        keys, values = self.layers[layer]
-        return keys.index_copy_(2, i, k), values.index_copy_(2, i, v)
-
-    def tensors(self) -> list[torch.Tensor]:
-        """All of them."""
-        return [self.length, *(tensor for layer in self.layers for tensor in layer)]
+            self.keys.append(k.new_zeros(shape))                    # zeros: what is masked must be finite
+            self.values.append(v.new_zeros(shape))
+        return self.keys[layer].index_copy_(2, i, k), self.values[layer].index_copy_(2, i, v)
 
 
 class CausalSelfAttention(nn.Module):
@@ -127,12 +129,13 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, angles: tuple | None = None,
+    def forward(self, x: torch.Tensor, masks: list[torch.Tensor] | None = None, angles: tuple | None = None,
                 extend: Callable | None = None) -> torch.Tensor:
         """x (B, T, C) -> (B, T, C).
 
-        mask, broadcast to (B, H, T, S): added to the scores, or if bool, True where a key is seen; None is
-        causal. angles: of rotary positions. extend: stores k and v in a cache and gives those of all tokens.
+        masks: for one piece of the queries after another, (..., rows, keys), added to the scores, or if bool
+        True where a key is seen; None is causal. angles: of rotary positions. extend: stores k and v in a
+        cache and gives those of all tokens.
         """
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).transpose(1, 3).unbind(2)  # (B, H, T, D) each
@@ -140,8 +143,15 @@ class CausalSelfAttention(nn.Module):
             q, k = rotate(q, *angles), rotate(k, *angles)
         if extend is not None:
             k, v = extend(k, v)                                     # (B, H, S, D) each
-        y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0,
-                                           is_causal=mask is None)  # (B, H, T, D)
+        attend = partial(F.scaled_dot_product_attention, dropout_p=self.dropout if self.training else 0.0)
+        if masks is None:
+            y = attend(q, k, v, is_causal=True)                     # (B, H, T, D)
+        elif len(masks) == 1:
+            y = attend(q, k, v, masks[0])
+        else:
+            pieces = q.split([mask.size(-2) for mask in masks], dim=2)
+            y = torch.cat([attend(rows, k[:, :, :mask.size(-1)], v[:, :, :mask.size(-1)], mask)
+                           for rows, mask in zip(pieces, masks)], dim=2)
         y = y.transpose(1, 2).reshape(B, T, C)                      # heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
@@ -168,9 +178,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, angles: tuple | None = None,
+    def forward(self, x: torch.Tensor, masks: list[torch.Tensor] | None = None, angles: tuple | None = None,
                 extend: Callable | None = None) -> torch.Tensor:
-        x = x + self.attn(self.ln_1(x), mask, angles, extend)
+        x = x + self.attn(self.ln_1(x), masks, angles, extend)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -179,7 +189,7 @@ class HeadLoss(torch.autograd.Function):
 
     x (N, C), weight (V, C), targets (N,) int64, -1 to be ignored -> a scalar, in nats. The gradient is
     computed along with the loss, as in Liger Kernel (Hsu et al. 2024, arXiv 2410.10989).
-    F.linear_cross_entropy (PyTorch 2.13) gives a loss rounded to 16 bits, or computes in 32 under autocast.
+    PyTorch 2.13's F.linear_cross_entropy rounds the loss to 16 bits, or computes in 32 under autocast.
     """
 
     @staticmethod
@@ -253,25 +263,25 @@ class GPT(nn.Module):
         config, T = self.config, idx.size(1)
         S = T if cache is None else cache.capacity
         i = torch.arange(T, device=idx.device)                      # the tokens' positions
-        mask = angles = None
+        masks = angles = None
         if cache is not None:
             i = i + cache.length
             cache.length += T
-            mask = i[:, None] >= torch.arange(S, device=idx.device)  # (T, S)
+            masks = [i[:, None] >= torch.arange(S, device=idx.device)]  # (T, S)
         x = self.transformer.wte(idx)                               # (B, T, C)
         if config.has_wpe:
             if S > config.block_size:
                 raise ValueError(f"{S} tokens, but only block_size={config.block_size} positions")
             x = x + self.transformer.wpe(i)
         elif config.use_alibi:
-            mask = alibi_bias(self.slopes, i, S).to(x.dtype)        # (1, H, T, S)
+            masks = alibi_masks(self.slopes, i, S, x.dtype)         # (1, H, T, S) together
         else:
             angles = rotary_angles(i, config.n_embd // config.n_head)  # (T, D) each
         x = self.transformer.drop(x)
         for layer, block in enumerate(self.transformer.h):
             if checkpoint_activations:
                 block = partial(checkpoint, block, use_reentrant=False)
-            x = block(x, mask, angles, None if cache is None else partial(cache.extend, layer, i))
+            x = block(x, masks, angles, None if cache is None else partial(cache.extend, layer, i))
         x = self.transformer.ln_f(x)                                # (B, T, C)
         if targets is None:
             return self.lm_head(x[:, -1:]), None                    # (B, 1, V)
@@ -311,17 +321,17 @@ class GPT(nn.Module):
             raise ValueError("generation needs a prompt of at least one token")
         end = idx.size(1) + max_new_tokens
         limit = self.config.block_size if self.config.has_wpe else end
-        cache = KVCache(min(limit, end), idx.device)
+        cache, forward, new = KVCache(min(limit, end), idx.device), self, idx
         stopped = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
-        for n in range(max_new_tokens):
+        for _ in range(max_new_tokens):
             if idx.size(1) > limit or not use_cache:
                 logits, _ = self(idx[:, -limit:])
-            elif n == 0:
-                logits, _ = self(idx, cache=cache)
-                for tensor in cache.tensors() if decode else ():
-                    torch._dynamo.mark_static_address(tensor)       # for CUDA graphs: they change in place
             else:
-                logits, _ = (decode or self)(new, cache=cache)      # (B, 1, V)
+                logits, _ = forward(new, cache=cache)               # (B, 1, V)
+            if decode and forward is self:
+                forward = decode
+                for tensor in (cache.length, *cache.keys, *cache.values):
+                    torch._dynamo.mark_static_address(tensor)       # for CUDA graphs: they change in place
             new = sample_logits(logits[:, -1, :vocab_size], temperature, top_k, generators)  # (B, 1)
             if stop is not None:
                 new = new.masked_fill(stopped, stop)
@@ -354,8 +364,7 @@ class GPT(nn.Module):
                         scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True)
         differing = [f'{key}={getattr(c, key)}' for key, value in expected.items()
                      if getattr(c, key) not in (value, None)]
-        differing += [f'missing {key}' for key in info['missing_keys']]
-        differing += [f'unexpected {key}' for key in info['unexpected_keys']]
+        differing += [f'{kind}: {key}' for kind in ('missing_keys', 'unexpected_keys') for key in info[kind]]
         if differing:
             raise ValueError(f"{name} is not a GPT-2 as this model is: {', '.join(sorted(differing)[:5])}")
         gelu = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'erf'}[c.activation_function]
@@ -374,9 +383,7 @@ class GPT(nn.Module):
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Number of parameters, by default without position embeddings (the token ones serve as the head)."""
         n = sum(p.numel() for p in self.parameters())
-        if non_embedding and self.config.has_wpe:
-            n -= self.transformer.wpe.weight.numel()
-        return n
+        return n - self.transformer.wpe.weight.numel() if non_embedding and self.config.has_wpe else n
 
     def crop_block_size(self, block_size: int) -> None:
         """Keep the first block_size positions. Call it before making an optimizer."""
@@ -396,7 +403,7 @@ class GPT(nn.Module):
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
 
     def estimate_mfu(self, fwdbwd_per_iter: int, dt: float, peak_flops: float = 312e12) -> float:
-        """Model FLOPs utilization: the used share of peak_flops (FLOP/s; default: an A100's in bfloat16).
+        """Model FLOPs utilization, the used share of peak_flops (FLOP/s; default: an A100's in bfloat16).
 
         fwdbwd_per_iter sequences of block_size tokens in dt seconds, counted as in PaLM's appendix B
         (Chowdhery et al. 2022, arXiv 2204.02311): 6 a parameter and token, 12 a layer, channel and pair.

@@ -22,7 +22,7 @@ def plot_losses(folders, path):
     from matplotlib.figure import Figure
     figure = Figure(figsize=(8, 5), layout='constrained')
     axes = figure.subplots()
-    styles = {'loss': dict(lw=0.8, alpha=0.3), 'train_loss': dict(ls='--', lw=1), 'val_loss': dict(marker='.')}
+    styles = {'loss': dict(lw=0.8, alpha=0.3), 'train_loss': dict(ls='--'), 'val_loss': dict(marker='.')}
     for i, folder in enumerate(folders):
         records = read_metrics(folder)
         for key, style in styles.items():

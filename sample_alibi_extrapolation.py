@@ -16,6 +16,7 @@ import json
 import math
 import subprocess
 import sys
+from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,9 +34,9 @@ seed = 1337                    # the samples follow from it, and the training if
 device = 'auto'                # cpu, cuda, cuda:1, mps
 dtype = 'auto'                 # float32, bfloat16 or float16
 # ---------------------------------------------------------------------------------------------------------
-from configurator import UserError, configure, run_file
+from configurator import UserError, configure
 
-setting_names = configure(globals(), skip_unknown=True, plain='runs')
+configure(globals(), skip_unknown=True, plain='runs')
 
 import torch
 import torch.nn.functional as F
@@ -44,209 +45,288 @@ from tqdm import tqdm
 import checkpoint
 import runtime
 from dataset import load_meta, load_split, tokenizer
+from model import GPTConfig
 from train import LAUNCH_SETTINGS
 
 POSITION_TARGETS = 2**13       # of the loss by position
-BATCH_TOKENS = 2**14           # limits of a forward pass
-BATCH_LOGITS = 2**26
+BATCH_TOKENS = 2**13           # of a forward pass
 
 
 class Method(NamedTuple):
-    """Models that differ only in their seed."""
+    """G models that differ only in their seed."""
     name: str                  # of their positions
+    config: GPTConfig
     folders: list
     models: list
     states: list               # their checkpoints
 
-    @property
-    def config(self):
-        return self.models[0].config
-
-
-class Result(NamedTuple):
-    """Losses of a method in nats per token, for each of its G seeds."""
-    method: Method
-    whole: dict                # by window in tokens, (G, N): of all tokens, in non-overlapping windows
-    sliding: dict              # by window in tokens, (G, n): of sampled targets, each with a full context
-    by_position: torch.Tensor  # (G, M, n): of the same n targets in each of M stretches of a window
-    stretch: int               # positions in one
-
 
 # ---------------------------------------------------------------------------------------------------------
-# losses of a model: float64, on the CPU
+# losses of a model: nats per token, float64, on the CPU
 
 @torch.no_grad()
-def token_losses(model, machine, x, y, bar):
+def token_losses(model, machine, x, y):
     """The loss of each token y (B, T), given the tokens of its row x (B, T) up to there: (B, T)."""
-    rows = max(1, min(BATCH_TOKENS, BATCH_LOGITS // model.config.vocab_size) // x.size(1))
+    T = x.size(1)
+    rows = max(1, BATCH_TOKENS // T)
+    batches = list(zip(x.split(rows), y.split(rows)))
     losses = []
-    for x, y in zip(x.split(rows), y.split(rows)):
+    for x, y in tqdm(batches, f"windows of {T}", leave=False, disable=None):  # in a terminal only
         x, y = machine.to_device(x), machine.to_device(y)
         with machine.autocast():
             logits, _ = model(x, y)                                 # (rows, T, V)
         loss = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction='none')
         losses.append(loss.double().cpu().view_as(y))
-        bar.update(y.numel())
     return torch.cat(losses)
 
 
-@torch.no_grad()
-def sliding_losses(model, machine, data, W, places, bar):
-    """The loss of each token data[place], given the W tokens before it, or those a model sees: (places,)."""
-    if model.config.has_wpe:
-        W = min(W, model.config.block_size)
-    losses = []
-    for places in places.split(max(1, BATCH_TOKENS // W)):
-        x, y = data[places[:, None] + torch.arange(-W, 0)], data[places]  # (rows, W) and (rows,)
-        with machine.autocast():
-            logits, _ = model(machine.to_device(x))                 # (rows, 1, V)
-        loss = F.cross_entropy(logits[:, -1].float(), machine.to_device(y), reduction='none')
-        losses.append(loss.double().cpu())
-        bar.update(x.numel())
-    return torch.cat(losses)
+def sliding_losses(model, machine, data, W, places):
+    """The loss of each token data[place], given the W tokens before it: (places,)."""
+    windows = data[places[:, None] + torch.arange(-W, 1)]           # (places, W + 1)
+    return token_losses(model, machine, windows[:, :-1], windows[:, 1:])[:, -1]
 
 
-def whole_split_losses(model, machine, data, W, bar):
+def whole_split_losses(model, machine, data, W):
     """The loss of each token in data[1:], in non-overlapping windows of W tokens: (N,)."""
     x, y = data[:-1], data[1:]
     n = len(y) // W * W                                             # in full windows; the last may be shorter
-    losses = token_losses(model, machine, x[:n].view(-1, W), y[:n].view(-1, W), bar).flatten()
+    losses = token_losses(model, machine, x[:n].view(-1, W), y[:n].view(-1, W)).flatten()
     if n == len(y):
         return losses
-    return torch.cat((losses, token_losses(model, machine, x[None, n:], y[None, n:], bar)[0]))
+    return torch.cat((losses, token_losses(model, machine, x[None, n:], y[None, n:])[0]))
 
 
-def by_position_losses(model, machine, data, W, stretch, bar):
-    """The loss of the same n targets in each stretch of a window of about W tokens: (M, n).
+def by_position_losses(model, machine, data, W, stretch):
+    """The loss of the same n targets in each of M stretches of a window of about W tokens: (M, n).
 
-    Windows of M stretches start every `stretch` tokens, so that each target stands once in each stretch.
+    Windows start at every stretch of the text, so that each target stands once in each stretch of a window.
     """
     n_blocks = (len(data) - 1) // stretch                           # of targets, of one stretch each
     M = min(W // stretch, (n_blocks + 1) // 2)
     n_blocks = min(POSITION_TARGETS // stretch, n_blocks - 2 * M + 2)
     seen = min(M, model.config.block_size // stretch) if model.config.has_wpe else M
     windows = data[(M - seen) * stretch:].unfold(0, seen * stretch + 1, stretch)[:n_blocks + seen - 1]
-    losses = token_losses(model, machine, windows[:, :-1], windows[:, 1:], bar).view(-1, seen, stretch)
+    losses = token_losses(model, machine, windows[:, :-1], windows[:, 1:]).view(-1, seen, stretch)
     stretches = [losses[seen - 1 - j:][:n_blocks, j].flatten() for j in range(seen)]  # (n,) each
     if seen < M:                                                    # beyond, with all that the model can see
         places = (M - 1) * stretch + 1 + torch.arange(n_blocks * stretch)
-        stretches += [sliding_losses(model, machine, data, seen * stretch, places, bar)] * (M - seen)
+        stretches += [sliding_losses(model, machine, data, seen * stretch, places)] * (M - seen)
     return torch.stack(stretches)
 
 
 def measure(method, machine, data, windows, places):
-    """The Result of a method. windows: in tokens. places: the sliding window's targets."""
-    whole, sliding, stretch = {}, {}, max(1, method.config.block_size // 4)
-    with tqdm(desc=method.name, unit='tok', unit_scale=True, mininterval=0.5) as bar:
-        def each(losses_of, *args):
-            return torch.stack([losses_of(model, machine, data, *args, bar) for model in method.models])
+    """A method's losses: by protocol (G, targets) for each window, and by position (G, M, n)."""
+    def each(losses_of, *args):
+        return torch.stack([losses_of(model, machine, data, *args) for model in method.models])
 
-        for W in windows[:1] if method.config.has_wpe else windows:
-            whole[W] = each(whole_split_losses, W)                  # (G, N)
-            sliding[W] = each(sliding_losses, W, places)            # (G, n)
-        by_position = each(by_position_losses, windows[-1], stretch)  # (G, M, n)
-    return Result(method, whole, sliding, by_position, stretch)
+    L, stretch = method.config.block_size, max(1, method.config.block_size // 4)
+    possible = [W for W in windows if W <= L] if method.config.has_wpe else windows
+    return {'windows': possible, 'stretch': stretch,
+            'non_overlapping': [each(whole_split_losses, W) for W in possible],
+            'sliding': [each(sliding_losses, W, places) for W in possible],
+            'by_position': each(by_position_losses, windows[-1], stretch)}
 
 
 # ---------------------------------------------------------------------------------------------------------
-# means and their standard errors
-
-def mean_and_error(values, block=1):
-    """Mean of values, and its standard error if blocks of `block` neighbours are independent."""
-    n = len(values) // block
-    if n < 2:
-        return values.mean().item(), math.nan
-    means = values[:n * block].view(n, block).mean(1)               # (n,)
-    return values.mean().item(), (means.std() / math.sqrt(n)).item()
-
+# results
 
 def estimate(values, block=1):
-    """Mean of values (G, N), and its standard error over the N and, if there are several, the G seeds."""
-    mean, error = mean_and_error(values.mean(0), block)
+    """[mean, standard error] of values (G, N): over blocks of neighbours and, if G > 1, over the G seeds.
+
+    The error is None where there are not two blocks.
+    """
+    mean, n = values.mean().item(), values.size(1) // block
+    if n < 2:
+        return [mean, None]
+    means = values.mean(0)[:n * block].view(n, block).mean(1)       # (n,)
+    error = means.std().item() / math.sqrt(n)
     if len(values) > 1:
         error = math.hypot(error, values.mean(1).std().item() / math.sqrt(len(values)))
-    return mean, error
+    return [mean, error]
 
 
-def position_curve(result):
-    """The middle, the mean loss and the standard error of its change since the last trained stretch, of each."""
-    stretches = result.by_position.unbind(1)                        # (G, n) each
-    L = result.method.config.block_size
-    trained = stretches[min(L // result.stretch, len(stretches)) - 1]
-    errors = [estimate(losses - trained, L)[1] for losses in stretches]
-    middles = (torch.arange(len(stretches)) + 0.5) * result.stretch
-    return middles, torch.tensor([losses.mean() for losses in stretches]), torch.tensor(errors)  # (M,) each
+def summary(method, losses, first, longest):
+    """A method's part of alibi_extrapolation.json: losses in nats per token, each [mean, standard error].
+
+    first: the losses of the method to compare with. longest: the longest window.
+    """
+    L, windows, stretch = method.config.block_size, losses['windows'], losses['stretch']
+
+    def row(protocol, i, block):
+        ours, base = losses[protocol][i], losses[protocol][windows.index(L)]
+        theirs = first[protocol][i] if i < len(first[protocol]) else ours[:0]
+        is_paired = first is not losses and theirs.shape == ours.shape
+        return {'targets': ours.size(1), 'loss': estimate(ours, block),
+                'change_from_1x': estimate(ours - base, block) if windows[i] != L else None,
+                'difference_from_first': estimate(ours - theirs, block) if is_paired else None}
+
+    curve = losses['by_position'].unbind(1)                         # (G, n) each
+    trained = curve[min(L // stretch, len(curve)) - 1]
+    return {'name': method.name, 'folders': [str(folder) for folder in method.folders],
+            'seeds': [state['config'].get('seed') for state in method.states],
+            'iterations': [state['iter_num'] for state in method.states],
+            'trained_length': L, 'ends_there': method.config.has_wpe,
+            'windows': [{'window': W, 'non_overlapping': row('non_overlapping', i, longest),
+                         'sliding': row('sliding', i, 1)} for i, W in enumerate(windows)],
+            'by_position': {'targets': curve[0].size(1),
+                            'position': [(j + 0.5) * stretch for j in range(len(curve))],
+                            'loss': [values.mean().item() for values in curve],
+                            'error_of_change_from_trained': [estimate(values - trained, L)[1] for values in curve]}}
 
 
-# ---------------------------------------------------------------------------------------------------------
-# showing
+def show(pair, form='.4f'):
+    """A loss with its standard error, as text."""
+    if pair is None:
+        return ''
+    mean, error = pair
+    return f"{mean:{form}}" + ('' if error is None else f" ± {error:.4f}")
 
-def show(values, block, form='.4f'):
-    """The estimate as text."""
-    mean, error = estimate(values, block)
-    return f"{mean:{form}} ± {error:.4f}"
 
-
-def print_table(title, results, protocol, block):
-    """A row for each window, of one protocol: 'whole' or 'sliding'."""
-    first = getattr(results[0], protocol)
-    n = next(iter(first.values())).size(1)
-    print(f"\n{title}, {n:,} targets\n{'window':>9}{'':8}{'loss':<19}{'change from 1x':<20}from the first")
+def print_table(title, results, protocol):
+    """A row for each window."""
+    print(f"\n{title}, {results[0]['windows'][0][protocol]['targets']:,} targets")
+    print(f"{'window':>9}{'':8}{'loss':<19}{'change from 1x':<20}from the first")
     for result in results:
-        losses, L, G = getattr(result, protocol), result.method.config.block_size, len(result.method.models)
-        print(f"{result.method.name}, {G} seed{'s' if G > 1 else ''}")
-        for W, first_W in zip(losses, first):
-            change = show(losses[W] - losses[L], block, '+.4f') if W != L else ''
-            comparable = result is not results[0] and losses[W].shape == first[first_W].shape
-            versus = show(losses[W] - first[first_W], block, '+.4f') if comparable else ''
-            print(f"{W:>7} = {W / L:.3g}x".ljust(17) + f"{show(losses[W], block):<19}{change:<20}{versus}".rstrip())
-        if result.method.config.has_wpe and protocol == 'sliding':
-            print(f"{'longer':>9}{'':8}{show(losses[L], block):<19}it sees the last {L} tokens")
+        L, G = result['trained_length'], len(result['seeds'])
+        print(f"{result['name']}, {G} seed{'s' if G > 1 else ''}")
+        for row in result['windows']:
+            W, cells = row['window'], row[protocol]
+            text = f"{W:>7} = {W / L:.3g}x".ljust(17) + show(cells['loss']).ljust(19)
+            text += show(cells['change_from_1x'], '+.4f').ljust(20)
+            print((text + show(cells['difference_from_first'], '+.4f')).rstrip())
+        if result['ends_there'] and protocol == 'sliding':
+            print(f"{'longer':>9}{'':8}the same: it sees the last {L} tokens")
+
+
+def plot(results, path):
+    """Draw the loss by position with its band as a PNG: ALiBi in orange tones, the others muted and dashed."""
+    from matplotlib.figure import Figure  # only here: it is slow to import
+    accents, muted = cycle(['C1', 'C3', 'gold', 'brown']), cycle(['0.35', 'cadetblue', '0.6', 'slateblue'])
+    figure = Figure(figsize=(8, 5), layout='constrained')
+    axes = figure.subplots()
+    for result in results:
+        L, curve, label = result['trained_length'], result['by_position'], result['name']
+        if label.startswith('ALiBi'):
+            style = dict(color=next(accents), lw=2.5, zorder=2)
+        else:
+            style = dict(color=next(muted), lw=1.2, ls='--', zorder=3)  # ALiBi shows through the gaps
+        if result['ends_there']:
+            label += f" (beyond {L}: the last {L} tokens seen)"
+        loss = torch.tensor(curve['loss'])
+        error = torch.tensor([error or 0 for error in curve['error_of_change_from_trained']])
+        axes.plot(curve['position'], loss, marker='.', label=label, **style)
+        axes.fill_between(curve['position'], loss - error, loss + error, color=style['color'], alpha=0.2, lw=0)
+    for L in {result['trained_length'] for result in results}:
+        axes.axvline(L, color='gray', lw=1, zorder=1)
+        axes.annotate(' trained length', (L, 0.01), xycoords=('data', 'axes fraction'), color='gray')
+    axes.set(xlabel='position in the text (tokens); the same targets at every position',
+             ylabel='loss (nats per token), lower is better', title='Loss beyond the trained length')
+    axes.grid(alpha=0.3)
+    figure.legend(loc='outside lower center', ncols=2)
+    with checkpoint.atomic_write(path) as png:
+        figure.savefig(png, format='png', dpi=120)
 
 
 def print_sample(method, machine, data):
     """A text of four times the trained length, with a mark where the trained length ends."""
-    L = method.config.block_size
-    tok = tokenizer(checkpoint.data_meta(method.states[0]))
-    start = data[None, :min(8, L)]                                  # (1, 8)
+    L, tok = method.config.block_size, tokenizer(checkpoint.data_meta(method.states[0]))
+    start = machine.to_device(data[None, :min(8, L)])               # (1, 8)
     generator = torch.Generator(machine.device).manual_seed(runtime.derive_seed(seed, runtime.SAMPLE))
     with machine.autocast():
-        ids = method.models[0].generate(
-            machine.to_device(start), 4 * L - start.size(1), temperature=0.8, top_k=200,
-            vocab_size=tok.vocab_size, generators=[generator])[0].tolist()
-    texts = [tok.decode_bytes(part).decode(errors='replace') for part in (ids[:L], ids[L:])]
+        idx = method.models[0].generate(start, 4 * L - start.size(1), temperature=0.8, top_k=200,
+                                        vocab_size=tok.vocab_size, generators=[generator])
+    texts = [tok.decode_bytes(ids).decode(errors='replace') for ids in (idx[0, :L].tolist(), idx[0, L:].tolist())]
     print(f"\n{method.name}: a sample of {4 * L} tokens; >>> marks where the trained length of {L} ends\n")
     print(' >>> '.join(texts) + '\n---------------')
 
 
-def as_json(result, block):
-    """The Result for alibi_extrapolation.json: losses in nats per token, null for an unknown error."""
-    def known(x):
-        return x if math.isfinite(x) else None
+# ---------------------------------------------------------------------------------------------------------
+# the work
 
-    def loss(values, block):
-        mean, error = estimate(values, block)
-        return {'loss': mean, 'standard_error': known(error), 'targets': values.size(1)}
-
-    method, L = result.method, result.method.config.block_size
-    windows = [{'window': W, 'factor': W / L, 'non_overlapping': loss(result.whole[W], block),
-                'sliding': loss(result.sliding[W], 1)} for W in result.whole]
-    middles, means, errors = position_curve(result)
-    return {'name': method.name, 'folders': [str(folder) for folder in method.folders],
-            'seeds': [state['config'].get('seed') for state in method.states],
-            'iterations': [state.get('iter_num') for state in method.states],
-            'trained_length': L, 'sees_only_trained_length': method.config.has_wpe, 'windows': windows,
-            'by_position': {'position': middles.tolist(), 'loss': means.tolist(),
-                            'standard_error_of_change': [known(error) for error in errors.tolist()],
-                            'targets': result.by_position.size(2)}}
+def train_models():
+    """Train small models that differ only in their positions and seeds. Returns their out_dirs."""
+    folders = []
+    for i in range(seeds):
+        for kind in ('alibi', 'rotary', 'learned'):
+            folders.append(f'out-extrapolation/{kind}' + (f'-{i + 1}' if i > 0 else ''))
+            command = ['train.py', training, f'--out_dir={folders[-1]}', f'--seed={seed + i}',
+                       f"--use_alibi={kind == 'alibi'}", f"--use_rope={kind == 'rotary'}",
+                       f'--device={device}', f'--dtype={dtype}', '--log_interval=100']
+            if dataset:
+                command.append(f'--dataset={dataset}')
+            print('\n$ python ' + ' '.join(command), flush=True)
+            if subprocess.run([sys.executable, *command]).returncode:
+                raise UserError("train.py failed: see above")
+    return folders
 
 
-def plot(results, path):
-    """Draw the loss by position with its band as a PNG: ALiBi in orange tones, the others muted."""
-    from matplotlib.figure import Figure  # only here: it is slow to import
-    colors = {True: iter(2 * ['C1', 'C3', 'saddlebrown', 'goldenrod']),
-              False: iter(9 * ['0.25', 'cadetblue', '0.6', 'slategray'])}
-    figure = Figure(figsize=(8, 5), layout='constrained')
-    axes = figure.subplots()
-    for result in results:
-        ...
+def load_methods(folders, machine):
+    """The runs in the folders, those that differ only in their seed together. Raises UserError."""
+    groups = {}
+    for folder in folders:
+        path = checkpoint.find(folder, 'ckpt.pt', 'last.pt')
+        state = checkpoint.load(path)
+        state.pop('optimizer', None)                                # and its memory
+        model, run = checkpoint.build_model(state).eval().to(machine.device), state['config']
+        kind = 'ALiBi' if model.config.use_alibi else 'rotary' if model.config.use_rope else 'learned'
+        print(f"{path}: {kind}, trained at {model.config.block_size} tokens, iteration {state['iter_num']}, "
+              f"{model.get_num_params() / 1e6:.2f}M parameters")
+        settings = {key: value for key, value in run.items() if key not in ('seed', *LAUNCH_SETTINGS)}
+        group = groups.setdefault(repr((model.config, settings)), Method(kind, model.config, [], [], []))
+        if 'seed' in run and run['seed'] in [other['config']['seed'] for other in group.states]:
+            raise UserError(f"{folder} has the settings and the seed of another run here: it adds nothing")
+        group.folders.append(folder)
+        group.models.append(model)
+        group.states.append(state)
+    kinds = [method.name for method in groups.values()]
+    return [method if kinds.count(method.name) == 1 else
+            method._replace(name=f'{method.name} ({method.folders[0]})') for method in groups.values()]
+
+
+def load_data(methods):
+    """The name of the data set, and the first val_tokens of its val split, (N,) int64. Raises UserError."""
+    states = [state for method in methods for state in method.states]
+    names = {dataset or state['config'].get('dataset', '') for state in states}
+    if len(names) > 1:
+        raise UserError(f"the models were trained on {', '.join(sorted(names))}: choose one with --dataset")
+    name = names.pop()
+    meta = load_meta(name)
+    if any(checkpoint.data_meta(state) != meta for state in states):
+        raise UserError(f"data/{name} has a different vocabulary from the models' training data")
+    data = load_split(name, 'val', max(method.config.block_size for method in methods), meta)
+    return name, torch.from_numpy(data[:val_tokens].astype('int64'))
+
+
+def extrapolate():
+    """Measure, save, plot and print."""
+    sys.stdout.reconfigure(errors='replace')                        # the terminal may lack a sample's characters
+    machine = runtime.set_up(device, dtype, compile=False)
+    folders = list(dict.fromkeys([*runs, out_dir] if out_dir else runs)) or train_models()
+    methods = load_methods(folders, machine)
+    name, data = load_data(methods)
+    N = len(data)
+    print(f"val split of data/{name}: {N:,} tokens" + (" (--val_tokens)" if N == val_tokens else ''))
+    factors = sorted({1.0, *map(float, lengths.split(','))})
+    sizes = [[int(factor * method.config.block_size) for factor in factors] for method in methods]
+    windows = [[W for W in row if W < N] for row in sizes]
+    longest = max(fitting[-1] for fitting in windows)
+    places = torch.linspace(longest, N - 1, min(sliding_targets, N - longest)).long()
+    losses = [measure(method, machine, data, fitting, places) for method, fitting in zip(methods, windows)]
+    results = [summary(method, ours, losses[0], longest) for method, ours in zip(methods, losses)]
+    first = Path(folders[0])
+    path = (first.parent if first.is_file() else first) / 'alibi_extrapolation.json'
+    with checkpoint.atomic_write(path, 'x') as file:
+        json.dump({'dataset': name, 'methods': results}, file, indent=1)
+    plot(results, path.with_suffix('.png'))
+    for method in methods:
+        if not method.config.has_wpe:
+            print_sample(method, machine, data)
+    print_table('non-overlapping windows', results, 'non_overlapping')
+    print_table('sliding window, full context', results, 'sliding')
+    print(f"\nloss: nats per token, mean over the seeds. ±: one standard error, over text and seeds.\n"
+          f"from the first: from {methods[0].name} in as long a window, on the same targets.\n"
+          f"results: {path}, plot: {path.with_suffix('.png')}")
+
+
+if __name__ == '__main__':
+    extrapolate()

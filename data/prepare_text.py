@@ -1,61 +1,105 @@
 """Make a data set of your own text.
 
-    python data/prepare_text.py FILE --dataset=mine          its characters, for a small model from scratch
-    python data/prepare_text.py FILE --dataset=mine --bpe    GPT-2's tokens, for finetuning and large texts
+    python data/prepare_text.py FILE... --dataset=mine          its characters, for a small model from scratch
+    python data/prepare_text.py FILE... --dataset=mine --bpe    GPT-2's tokens, for finetuning and large texts
+    python data/prepare_text.py FILE... --dataset=mine --vocab_of=pydocs_char
+                                                                to finetune a model trained on that data set
 
-Writes train.bin (the first 90%), val.bin and, for characters, meta.pkl into data/mine, in place of what was
-there. Train on them with train.py --dataset=mine. FILE is UTF-8; line ends become newlines.
-For a corpus of many documents there is data/openwebtext/prepare.py --data_files.
+A FILE is a text in UTF-8, a folder (all its *.txt, sorted) or - for the standard input; several are joined by
+newlines. Writes train.bin (the first 90%), val.bin and, except for GPT-2's tokens, meta.pkl into data/mine, in
+place of an earlier data set. For a corpus of many documents see data/openwebtext/prepare.py --data_files.
 """
 import argparse
-import signal
+import pickle
+import re
 import sys
 from pathlib import Path
 
-data = Path(__file__).resolve().parent
-sys.path.insert(0, str(data.parent))
-if __name__ == '__main__' and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)                    # Ctrl-C ends the script at once
-from dataset import write_bpe_dataset, write_char_dataset
-from runtime import UserError, one_line_errors
+DATA = Path(__file__).resolve().parent
+sys.path.insert(0, str(DATA.parent))
+import numpy as np
+
+from checkpoint import atomic_write
+from configurator import UserError
+from dataset import load_meta, token_type, tokenizer
 
 
-def read_text(path: Path) -> str:
-    """The text of a file. Raises UserError."""
-    try:
-        text = path.read_text(encoding='utf-8-sig')
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 ({error}): save it as UTF-8 first") from error
-    except OSError as error:
-        raise UserError(f"can't read {path}: {error}") from error
-    if '\0' in text:
-        raise UserError(f"{path} is not a text: it has zero bytes")
-    if len(text) < 1000:
-        raise UserError(f"{path} has only {len(text)} characters: a model needs thousands")
-    return text
+def char_meta(text: str) -> dict:
+    """The vocabulary of a text's characters, sorted, as meta.pkl holds it."""
+    chars = sorted(set(text))
+    stoi = {char: i for i, char in enumerate(chars)}
+    return {'vocab_size': len(chars), 'stoi': stoi, 'itos': dict(enumerate(chars))}
 
 
-def make_folder(dataset: str) -> Path:
-    """The folder data/<dataset>, made if it is not there. Raises UserError for a name that can't be one."""
-    folder = data / dataset
-    if folder.parent != data or dataset == '..' or folder.is_file():
-        raise UserError(f"--dataset is the name of a folder in data/, such as mine, got {dataset!r}")
-    if (folder / 'prepare.py').exists():
-        raise UserError(f"{folder} has a prepare.py of its own: choose another name")
-    if (folder / 'train.bin').exists():
-        print(f"replacing {folder}: runs on the text before can't be resumed")
+def start_over(folder: Path) -> None:
+    """Make the folder, and remove an older data set. Write the new train.bin last: nothing trains without it.
+
+    An old meta.pkl would give GPT-2's token ids a wrong meaning.
+    """
     folder.mkdir(exist_ok=True)
-    return folder
+    for name in ('train.bin', 'val.bin', 'meta.pkl'):
+        (folder / name).unlink(missing_ok=True)
+
+
+def write_splits(folder: str | Path, text: str, meta: dict | None, val_fraction: float = 0.1) -> None:
+    """Write a text as a data set, its last val_fraction as the val split. Prints the sizes.
+
+    meta: the vocabulary; None stands for GPT-2's BPE, which reads "<|endoftext|>" as the end-of-text token.
+    Raises UserError, before anything is written, if the text cannot be tokenized.
+    """
+    folder, encode = Path(folder), tokenizer(meta).encode
+    n_train = int(len(text) * (1 - val_fraction))
+    train, val = (np.array(encode(part), dtype=token_type(meta)) for part in (text[:n_train], text[n_train:]))
+    start_over(folder)
+    if meta is not None:
+        with atomic_write(folder / 'meta.pkl') as file:
+            pickle.dump(meta, file)
+    for name, ids in (('val', val), ('train', train)):
+        with atomic_write(folder / f'{name}.bin') as file:
+            file.write(ids)
+        print(f"{folder}: {len(ids):,} {name} tokens")
+
+
+def own_folder(dataset: str) -> Path:
+    """The folder data/<dataset>, for a data set of the user's own. Raises UserError for another name."""
+    if not re.fullmatch(r'\w[\w.-]*', dataset):
+        raise UserError(f"--dataset is the name of a folder in data/, such as mine, got {dataset!r}")
+    if (DATA / dataset / 'prepare.py').exists():
+        raise UserError(f"data/{dataset} has a prepare.py of its own: choose another --dataset")
+    return DATA / dataset
+
+
+def read_text(names: list[str]) -> str:
+    """The text of all files, joined. Raises UserError if it cannot be read or is too short."""
+    files, texts = [], []
+    for name in names:
+        files += sorted(Path(name).glob('*.txt')) if Path(name).is_dir() else [name]
+    for file in files:
+        try:
+            content = sys.stdin.buffer.read() if file == '-' else Path(file).read_bytes()
+            texts.append(content.decode('utf-8-sig'))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{file} can't be read as UTF-8: {error}") from error
+    text = '\n'.join(texts).replace('\r\n', '\n').replace('\r', '\n')
+    if len(text) < 1000:
+        raise UserError(f"{', '.join(names)}: only {len(text)} characters, but a model needs thousands")
+    return text
 
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('file', type=Path, metavar='FILE', help="the text")
+    parser.add_argument('files', nargs='+', metavar='FILE', help="the text")
     parser.add_argument('--dataset', required=True, metavar='NAME', help="the folder in data/ to write to")
-    parser.add_argument('--bpe', action='store_true', help="GPT-2's tokens instead of characters")
+    vocabulary = parser.add_mutually_exclusive_group()
+    vocabulary.add_argument('--bpe', action='store_true', help="GPT-2's tokens instead of characters")
+    vocabulary.add_argument('--vocab_of', metavar='NAME', help="the vocabulary of this folder in data/")
     arguments = parser.parse_args()
-    with one_line_errors():
-        text = read_text(arguments.file)
-        write = write_bpe_dataset if arguments.bpe else write_char_dataset
-        write(make_folder(arguments.dataset), text)
+    folder, text = own_folder(arguments.dataset), read_text(arguments.files)
+    if arguments.vocab_of:
+        meta = load_meta(str(DATA / arguments.vocab_of))
+        if meta is None:
+            raise UserError(f"no data/{arguments.vocab_of}/meta.pkl: prepare it first; GPT-2's tokens are --bpe")
+    else:
+        meta = None if arguments.bpe else char_meta(text)
+    write_splits(folder, text, meta)

@@ -5,19 +5,14 @@
 Writes train.bin (some 10 million tokens), val.bin (1.1 million) and meta.pkl into this folder: the modules
 that are ASCII, without their tests, in a random order. The text differs between Python versions.
 """
-import argparse
 import random
-import signal
 import sys
 import sysconfig
 from pathlib import Path
 
 here = Path(__file__).resolve().parent
-sys.path.insert(0, str(here.parents[1]))
-if __name__ == '__main__' and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)                    # Ctrl-C ends the script at once
-from dataset import write_char_dataset
-from runtime import one_line_errors
+sys.path[:0] = [str(here.parent), str(here.parents[1])]
+from prepare_text import char_meta, write_splits
 
 LEFT_OUT = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', 'pydoc_data'}
 
@@ -25,14 +20,11 @@ LEFT_OUT = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', 'pyd
 def read_modules(folder: Path) -> list[str]:
     """The text of every Python file in the folder and below it that is ASCII, in a random order."""
     paths = sorted(path for path in folder.rglob('*.py') if not LEFT_OUT.intersection(path.parts))
-    random.Random(1).shuffle(paths)                                 # else the val split were the last modules
+    random.Random(1).shuffle(paths)                                 # else the val split is the last modules
     texts = [path.read_bytes() for path in paths]
     return [text.decode('ascii') for text in texts if text.isascii()]
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()                                             # it takes none
-    with one_line_errors():
-        write_char_dataset(here, '\n'.join(read_modules(Path(sysconfig.get_path('stdlib')))))
+    text = '\n'.join(read_modules(Path(sysconfig.get_path('stdlib'))))
+    write_splits(here, text, char_meta(text))

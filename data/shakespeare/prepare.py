@@ -5,21 +5,13 @@
 
 Writes train.bin (301,966 tokens) and val.bin (36,059) into this folder.
 """
-import runpy
-import signal
 import sys
 from pathlib import Path
 
 here = Path(__file__).resolve().parent
-sys.path.insert(0, str(here.parents[1]))
-if __name__ == '__main__' and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)                    # Ctrl-C ends the script at once
-from dataset import write_bpe_dataset
-from runtime import one_line_errors
+sys.path[:0] = [str(here.parent), str(here.parents[1])]
+from prepare_text import write_splits
+from shakespeare_char.prepare import load_text
 
 if __name__ == '__main__':
-    # the other script has the download and the checksum of the same text
-    char_script = runpy.run_path(str(here.parent / 'shakespeare_char/prepare.py'))
-    arguments = char_script['parse_arguments'](__doc__)
-    with one_line_errors():
-        write_bpe_dataset(here, char_script['read_text'](**arguments))
+    write_splits(here, load_text(__doc__), meta=None)
