@@ -328,7 +328,7 @@ class GPT(nn.Module):
                 logits, _ = self(idx[:, -limit:])
             else:
                 logits, _ = forward(new, cache=cache)               # (B, 1, V)
-            if decode and forward is self:
+            if decode is not None and forward is self:
                 forward = decode
                 for tensor in (cache.length, *cache.keys, *cache.values):
                     torch._dynamo.mark_static_address(tensor)       # for CUDA graphs: they change in place

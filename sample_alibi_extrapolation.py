@@ -8,9 +8,8 @@ Prints the loss on the same target tokens of the val split in windows of 1, 1.5,
 length (Press et al. 2022, arXiv 2108.12409): of the whole split in non-overlapping windows, where a longer
 window gives most tokens more context, and in a sliding window, where every target has a full context. Runs
 that differ only in their seed are averaged. A model with learned positions has no longer windows: beyond its
-trained length it sees only the last tokens, as in nanoGPT's generate().
-Writes the losses, also by position, to alibi_extrapolation.json and .png in the first folder. The method and
-its results: docs/alibi.md.
+trained length it sees only the last tokens, as in nanoGPT's generate(). All losses, also by position, go to
+alibi_extrapolation.json and .png in the first folder. The method and its results: docs/alibi.md.
 """
 import json
 import math
@@ -45,7 +44,6 @@ from tqdm import tqdm
 import checkpoint
 import runtime
 from dataset import load_meta, load_split, tokenizer
-from model import GPTConfig
 from train import LAUNCH_SETTINGS
 
 POSITION_TARGETS = 2**13       # of the loss by position
@@ -55,7 +53,8 @@ BATCH_TOKENS = 2**13           # of a forward pass
 class Method(NamedTuple):
     """G models that differ only in their seed."""
     name: str                  # of their positions
-    config: GPTConfig
+    L: int                     # their trained length
+    is_limited: bool           # they see the last L tokens only
     folders: list
     models: list
     states: list               # their checkpoints
@@ -67,10 +66,9 @@ class Method(NamedTuple):
 @torch.no_grad()
 def token_losses(model, machine, x, y):
     """The loss of each token y (B, T), given the tokens of its row x (B, T) up to there: (B, T)."""
-    T = x.size(1)
+    T, losses = x.size(1), []
     rows = max(1, BATCH_TOKENS // T)
     batches = list(zip(x.split(rows), y.split(rows)))
-    losses = []
     for x, y in tqdm(batches, f"windows of {T}", leave=False, disable=None):  # in a terminal only
         x, y = machine.to_device(x), machine.to_device(y)
         with machine.autocast():
@@ -90,10 +88,8 @@ def whole_split_losses(model, machine, data, W):
     """The loss of each token in data[1:], in non-overlapping windows of W tokens: (N,)."""
     x, y = data[:-1], data[1:]
     n = len(y) // W * W                                             # in full windows; the last may be shorter
-    losses = token_losses(model, machine, x[:n].view(-1, W), y[:n].view(-1, W)).flatten()
-    if n == len(y):
-        return losses
-    return torch.cat((losses, token_losses(model, machine, x[None, n:], y[None, n:])[0]))
+    parts = [(x[:n].view(-1, W), y[:n].view(-1, W)), (x[None, n:], y[None, n:])]
+    return torch.cat([token_losses(model, machine, *part).flatten() for part in parts if part[0].numel()])
 
 
 def by_position_losses(model, machine, data, W, stretch):
@@ -119,22 +115,16 @@ def measure(method, machine, data, windows, places):
     def each(losses_of, *args):
         return torch.stack([losses_of(model, machine, data, *args) for model in method.models])
 
-    L, stretch = method.config.block_size, max(1, method.config.block_size // 4)
-    possible = [W for W in windows if W <= L] if method.config.has_wpe else windows
+    stretch = max(1, method.L // 4)
+    possible = [W for W in windows if W <= method.L or not method.is_limited]
     return {'windows': possible, 'stretch': stretch,
             'non_overlapping': [each(whole_split_losses, W) for W in possible],
             'sliding': [each(sliding_losses, W, places) for W in possible],
             'by_position': each(by_position_losses, windows[-1], stretch)}
 
 
-# ---------------------------------------------------------------------------------------------------------
-# results
-
 def estimate(values, block=1):
-    """[mean, standard error] of values (G, N): over blocks of neighbours and, if G > 1, over the G seeds.
-
-    The error is None where there are not two blocks.
-    """
+    """[mean, standard error or None] of values (G, N): over blocks of neighbours, and over the seeds if G > 1."""
     mean, n = values.mean().item(), values.size(1) // block
     if n < 2:
         return [mean, None]
@@ -150,7 +140,7 @@ def summary(method, losses, first, longest):
 
     first: the losses of the method to compare with. longest: the longest window.
     """
-    L, windows, stretch = method.config.block_size, losses['windows'], losses['stretch']
+    L, windows, stretch = method.L, losses['windows'], losses['stretch']
 
     def row(protocol, i, block):
         ours, base = losses[protocol][i], losses[protocol][windows.index(L)]
@@ -162,16 +152,14 @@ def summary(method, losses, first, longest):
 
     curve = losses['by_position'].unbind(1)                         # (G, n) each
     trained = curve[min(L // stretch, len(curve)) - 1]
-    return {'name': method.name, 'folders': [str(folder) for folder in method.folders],
+    by_position = {'targets': curve[0].size(1), 'position': [(j + 0.5) * stretch for j in range(len(curve))],
+                   'loss': [values.mean().item() for values in curve],
+                   'error_of_change_from_trained': [estimate(values - trained, L)[1] for values in curve]}
+    rows = [{'window': W, 'non_overlapping': row('non_overlapping', i, longest), 'sliding': row('sliding', i, 1)}
+            for i, W in enumerate(windows)]
+    return {'name': method.name, 'folders': [str(folder) for folder in method.folders], 'trained_length': L,
             'seeds': [state['config'].get('seed') for state in method.states],
-            'iterations': [state['iter_num'] for state in method.states],
-            'trained_length': L, 'ends_there': method.config.has_wpe,
-            'windows': [{'window': W, 'non_overlapping': row('non_overlapping', i, longest),
-                         'sliding': row('sliding', i, 1)} for i, W in enumerate(windows)],
-            'by_position': {'targets': curve[0].size(1),
-                            'position': [(j + 0.5) * stretch for j in range(len(curve))],
-                            'loss': [values.mean().item() for values in curve],
-                            'error_of_change_from_trained': [estimate(values - trained, L)[1] for values in curve]}}
+            'windows': rows, 'by_position': by_position}
 
 
 def show(pair, form='.4f'):
@@ -185,7 +173,7 @@ def show(pair, form='.4f'):
 def print_table(title, results, protocol):
     """A row for each window."""
     print(f"\n{title}, {results[0]['windows'][0][protocol]['targets']:,} targets")
-    print(f"{'window':>9}{'':8}{'loss':<19}{'change from 1x':<20}from the first")
+    print(f"{'window':>9}{'':8}{'loss':<19}{'change from 1x':<20}vs. the first")
     for result in results:
         L, G = result['trained_length'], len(result['seeds'])
         print(f"{result['name']}, {G} seed{'s' if G > 1 else ''}")
@@ -194,32 +182,26 @@ def print_table(title, results, protocol):
             text = f"{W:>7} = {W / L:.3g}x".ljust(17) + show(cells['loss']).ljust(19)
             text += show(cells['change_from_1x'], '+.4f').ljust(20)
             print((text + show(cells['difference_from_first'], '+.4f')).rstrip())
-        if result['ends_there'] and protocol == 'sliding':
-            print(f"{'longer':>9}{'':8}the same: it sees the last {L} tokens")
 
 
 def plot(results, path):
-    """Draw the loss by position with its band as a PNG: ALiBi in orange tones, the others muted and dashed."""
+    """Draw the loss by position with its band as a PNG: ALiBi in orange tones, the others muted, dashed."""
     from matplotlib.figure import Figure  # only here: it is slow to import
     accents, muted = cycle(['C1', 'C3', 'gold', 'brown']), cycle(['0.35', 'cadetblue', '0.6', 'slateblue'])
     figure = Figure(figsize=(8, 5), layout='constrained')
     axes = figure.subplots()
     for result in results:
-        L, curve, label = result['trained_length'], result['by_position'], result['name']
-        if label.startswith('ALiBi'):
+        curve, name = result['by_position'], result['name']
+        if name.startswith('ALiBi'):
             style = dict(color=next(accents), lw=2.5, zorder=2)
         else:
             style = dict(color=next(muted), lw=1.2, ls='--', zorder=3)  # ALiBi shows through the gaps
-        if result['ends_there']:
-            label += f" (beyond {L}: the last {L} tokens seen)"
-        loss = torch.tensor(curve['loss'])
+        x, y = curve['position'], torch.tensor(curve['loss'])
         error = torch.tensor([error or 0 for error in curve['error_of_change_from_trained']])
-        axes.plot(curve['position'], loss, marker='.', label=label, **style)
-        axes.fill_between(curve['position'], loss - error, loss + error, color=style['color'], alpha=0.2, lw=0)
-    for L in {result['trained_length'] for result in results}:
-        axes.axvline(L, color='gray', lw=1, zorder=1)
-        axes.annotate(' trained length', (L, 0.01), xycoords=('data', 'axes fraction'), color='gray')
-    axes.set(xlabel='position in the text (tokens); the same targets at every position',
+        axes.plot(x, y, marker='.', label=name, **style)
+        axes.fill_between(x, y - error, y + error, color=style['color'], alpha=0.2, lw=0)
+        axes.axvline(result['trained_length'], color='gray', lw=1, zorder=1)
+    axes.set(xlabel='position in the text (tokens), the same targets everywhere; vertical line: trained length',
              ylabel='loss (nats per token), lower is better', title='Loss beyond the trained length')
     axes.grid(alpha=0.3)
     figure.legend(loc='outside lower center', ncols=2)
@@ -229,13 +211,13 @@ def plot(results, path):
 
 def print_sample(method, machine, data):
     """A text of four times the trained length, with a mark where the trained length ends."""
-    L, tok = method.config.block_size, tokenizer(checkpoint.data_meta(method.states[0]))
+    L, tok = method.L, tokenizer(checkpoint.data_meta(method.states[0]))
     start = machine.to_device(data[None, :min(8, L)])               # (1, 8)
     generator = torch.Generator(machine.device).manual_seed(runtime.derive_seed(seed, runtime.SAMPLE))
     with machine.autocast():
-        idx = method.models[0].generate(start, 4 * L - start.size(1), temperature=0.8, top_k=200,
-                                        vocab_size=tok.vocab_size, generators=[generator])
-    texts = [tok.decode_bytes(ids).decode(errors='replace') for ids in (idx[0, :L].tolist(), idx[0, L:].tolist())]
+        ids = method.models[0].generate(start, 4 * L - start.size(1), temperature=0.8, top_k=200,
+                                        vocab_size=tok.vocab_size, generators=[generator])[0].tolist()
+    texts = [tok.decode_bytes(part).decode(errors='replace') for part in (ids[:L], ids[L:])]
     print(f"\n{method.name}: a sample of {4 * L} tokens; >>> marks where the trained length of {L} ends\n")
     print(' >>> '.join(texts) + '\n---------------')
 
@@ -248,7 +230,7 @@ def train_models():
     folders = []
     for i in range(seeds):
         for kind in ('alibi', 'rotary', 'learned'):
-            folders.append(f'out-extrapolation/{kind}' + (f'-{i + 1}' if i > 0 else ''))
+            folders.append(f'out-extrapolation/{kind}-{seed + i}')
             command = ['train.py', training, f'--out_dir={folders[-1]}', f'--seed={seed + i}',
                        f"--use_alibi={kind == 'alibi'}", f"--use_rope={kind == 'rotary'}",
                        f'--device={device}', f'--dtype={dtype}', '--log_interval=100']
@@ -268,11 +250,11 @@ def load_methods(folders, machine):
         state = checkpoint.load(path)
         state.pop('optimizer', None)                                # and its memory
         model, run = checkpoint.build_model(state).eval().to(machine.device), state['config']
-        kind = 'ALiBi' if model.config.use_alibi else 'rotary' if model.config.use_rope else 'learned'
-        print(f"{path}: {kind}, trained at {model.config.block_size} tokens, iteration {state['iter_num']}, "
-              f"{model.get_num_params() / 1e6:.2f}M parameters")
+        config, L = model.config, model.config.block_size
+        print(f"{path}: trained at {L} tokens, iteration {state['iter_num']}")
+        kind = 'ALiBi' if config.use_alibi else 'rotary' if config.use_rope else f'learned (sees {L} tokens)'
         settings = {key: value for key, value in run.items() if key not in ('seed', *LAUNCH_SETTINGS)}
-        group = groups.setdefault(repr((model.config, settings)), Method(kind, model.config, [], [], []))
+        group = groups.setdefault(repr((config, settings)), Method(kind, L, config.has_wpe, [], [], []))
         if 'seed' in run and run['seed'] in [other['config']['seed'] for other in group.states]:
             raise UserError(f"{folder} has the settings and the seed of another run here: it adds nothing")
         group.folders.append(folder)
@@ -286,17 +268,47 @@ def load_methods(folders, machine):
 def load_data(methods):
     """The name of the data set, and the first val_tokens of its val split, (N,) int64. Raises UserError."""
     states = [state for method in methods for state in method.states]
-    names = {dataset or state['config'].get('dataset', '') for state in states}
+    names = sorted({dataset or state['config'].get('dataset', '') for state in states})
     if len(names) > 1:
-        raise UserError(f"the models were trained on {', '.join(sorted(names))}: choose one with --dataset")
-    name = names.pop()
-    meta = load_meta(name)
+        raise UserError(f"the models were trained on {', '.join(names)}: choose one with --dataset")
+    meta = load_meta(names[0])
     if any(checkpoint.data_meta(state) != meta for state in states):
-        raise UserError(f"data/{name} has a different vocabulary from the models' training data")
-    data = load_split(name, 'val', max(method.config.block_size for method in methods), meta)
-    return name, torch.from_numpy(data[:val_tokens].astype('int64'))
+        raise UserError(f"data/{names[0]} has a different vocabulary from the models' training data")
+    data = load_split(names[0], 'val', max(method.L for method in methods), meta)
+    return names[0], torch.from_numpy(data[:val_tokens].astype('int64'))
 
 
+def extrapolate():
+    """Measure, save, plot and print."""
+    sys.stdout.reconfigure(errors='replace')                        # a terminal may lack a sample's characters
+    machine = runtime.set_up(device, dtype, compile=False)
+    folders = list(dict.fromkeys([*runs, out_dir] if out_dir else runs)) or train_models()
+    methods = load_methods(folders, machine)
+    name, data = load_data(methods)
+    N = len(data)
+    print(f"val split of data/{name}: {N:,} tokens" + (" (--val_tokens)" if N == val_tokens else ''))
+    factors = sorted({1.0, *map(float, lengths.split(','))})
+    windows = [[W for W in (int(factor * method.L) for factor in factors) if W < N] for method in methods]
+    longest = max(row[-1] for row in windows)
+    places = torch.linspace(longest, N - 1, min(sliding_targets, N - longest)).long()
+    losses = [measure(method, machine, data, row, places) for method, row in zip(methods, windows)]
+    results = [summary(method, ours, losses[0], longest) for method, ours in zip(methods, losses)]
+    first = Path(folders[0])
+    path = (first.parent if first.is_file() else first) / 'alibi_extrapolation.json'
+    with checkpoint.atomic_write(path, 'x') as file:
+        json.dump({'dataset': name, 'methods': results}, file, indent=1)
+    plot(results, path.with_suffix('.png'))
+    for method in methods:
+        if not method.is_limited:
+            print_sample(method, machine, data)
+    print_table('non-overlapping windows', results, 'non_overlapping')
+    print_table('sliding window, full context', results, 'sliding')
+    print("\nloss: nats per token, mean over the seeds; ±: one standard error, over text and seeds\n"
+          f"results: {path}\nplot: {path.with_suffix('.png')}")
+
+
+if __name__ == '__main__':
+    extrapolate()
 def extrapolate():
     """Measure, save, plot and print."""
     sys.stdout.reconfigure(errors='replace')                        # the terminal may lack a sample's characters

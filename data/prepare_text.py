@@ -5,9 +5,9 @@
     python data/prepare_text.py FILE... --dataset=mine --vocab_of=pydocs_char
                                                                 to finetune a model trained on that data set
 
-A FILE is a text in UTF-8, a folder (all its *.txt, sorted) or - for the standard input; several are joined by
-newlines. Writes train.bin (the first 90%), val.bin and, except for GPT-2's tokens, meta.pkl into data/mine, in
-place of an earlier data set. For a corpus of many documents see data/openwebtext/prepare.py --data_files.
+A FILE is a UTF-8 text, a folder (all its *.txt, sorted) or - for stdin; several are joined by newlines.
+Writes train.bin (the first 90%), val.bin and, except for GPT-2's tokens, meta.pkl into data/mine, in place of
+an earlier data set. For a corpus of many documents see data/openwebtext/prepare.py --data_files.
 """
 import argparse
 import pickle
@@ -96,10 +96,10 @@ if __name__ == '__main__':
     vocabulary.add_argument('--vocab_of', metavar='NAME', help="the vocabulary of this folder in data/")
     arguments = parser.parse_args()
     folder, text = own_folder(arguments.dataset), read_text(arguments.files)
-    if arguments.vocab_of:
-        meta = load_meta(str(DATA / arguments.vocab_of))
-        if meta is None:
-            raise UserError(f"no data/{arguments.vocab_of}/meta.pkl: prepare it first; GPT-2's tokens are --bpe")
+    if arguments.vocab_of and not (DATA / arguments.vocab_of / 'meta.pkl').exists():
+        raise UserError(f"no data/{arguments.vocab_of}/meta.pkl: prepare that data set first")
+    if arguments.bpe:
+        meta = None
     else:
-        meta = None if arguments.bpe else char_meta(text)
+        meta = load_meta(str(DATA / arguments.vocab_of)) if arguments.vocab_of else char_meta(text)
     write_splits(folder, text, meta)

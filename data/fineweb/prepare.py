@@ -5,9 +5,9 @@
     python data/fineweb/prepare.py --data_files 'shards/*.bin'    local files of the same format
 
 The shards are those of llm.c as the Hugging Face hub has them, 100 million tokens each, and one more for val.
-They are downloaded one at a time and appended to val.bin or train.bin in .preparing/, from where these move to
-this folder at the end: 21 GB of disk for all. After an interruption the same command resumes behind the last
-complete shard. Of local files, those with "val" as a word of their name (fineweb_val_000000.bin) are for val.bin.
+Each is downloaded, appended to val.bin or train.bin in .preparing/ and removed: 21 GB of disk for all. After an
+interruption the same command resumes behind the last complete shard. At the end both files move to this folder.
+Of local files, those with "val" as a word of their name (fineweb_val_000000.bin) are for val.bin.
 """
 import argparse
 import glob
@@ -44,8 +44,8 @@ def split_local_files(patterns: list[str]) -> tuple[list[str], list[str]]:
     val = [file for file in files if 'val' in re.split('[^a-z]+', Path(file).stem.lower())]
     train = [file for file in files if file not in val]
     if not train or not val:
-        raise UserError(f"{' '.join(patterns)}: {len(train)} files for train and {len(val)} for val (those with "
-                        f"\"val\" as a word of their name, as in {VAL_SHARD}), but each needs at least one")
+        raise UserError(f"{' '.join(patterns)}: {len(train)} files for train and {len(val)} for val, named as "
+                        f"{VAL_SHARD} is, but each needs at least one")
     return train, val
 
 
@@ -53,12 +53,12 @@ def read_shard(path: str | Path) -> np.memmap:
     """The token ids of a shard, (N,) uint16, mapped from its file. Raises UserError for an unusable file."""
     header, size = np.fromfile(path, dtype='<i4', count=256).tolist(), os.path.getsize(path)
     if len(header) < 256 or header[:2] != [MAGIC, VERSION]:
-        raise UserError(f"{path} is truncated or no shard of GPT-2 tokens: it begins with {header[:2]} and not "
-                        f"with {[MAGIC, VERSION]}, or is shorter than {HEADER_BYTES} bytes")
+        raise UserError(f"{path} is not a shard of GPT-2 tokens: {size:,} bytes that begin with {header[:2]}, "
+                        f"not {[MAGIC, VERSION]} and the rest of a header")
     expected = HEADER_BYTES + header[2] * TOKEN.itemsize
     if size != expected:
-        raise UserError(f"{path} is truncated or damaged: its header promises {header[2]:,} tokens, so it should "
-                        f"have {expected:,} bytes, but it has {size:,}")
+        raise UserError(f"{path} is truncated or damaged: {size:,} bytes, but its header promises "
+                        f"{header[2]:,} tokens, {expected:,} bytes")
     return np.memmap(path, dtype=TOKEN, mode='r', offset=HEADER_BYTES)
 
 

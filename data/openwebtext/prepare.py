@@ -4,10 +4,10 @@
     python data/openwebtext/prepare.py --data_files 'corpus/*.jsonl' --dataset=mine
                                                                        local json, jsonl, parquet or txt files
 
-Each document is followed by an end-of-text token; a line of a txt file is a document. Documents drawn with a
-fixed seed are the val split: 0.05% of them, but at least 1000, or 10% of fewer than 10,000. Writes train.bin
-and val.bin into data/mine, without --dataset into this folder: for OpenWebText 9 billion and 4 million tokens,
-17 GB and 8 MB. Beside them it takes 78 GB in Hugging Face's cache, which can be deleted afterwards.
+Each document, in a txt file each line, is followed by an end-of-text token. The val split is drawn from the
+documents with a fixed seed: 0.05%, but at least 1000 of them, or 10% of fewer than 10,000. Writes train.bin
+and val.bin into data/mine or, without --dataset, this folder: for OpenWebText 9 billion and 4 million tokens,
+17 GB and 8 MB. It needs 78 GB in Hugging Face's cache as well, which can be deleted afterwards.
 """
 import argparse
 import glob
@@ -22,7 +22,6 @@ import datasets
 import numpy as np
 import tiktoken
 from prepare_text import own_folder, start_over
-from tqdm import tqdm
 
 from checkpoint import atomic_write
 from configurator import UserError
@@ -35,25 +34,22 @@ FORMATS = {'.json': 'json', '.jsonl': 'json', '.parquet': 'parquet', '.txt': 'te
 TOKEN = token_type(None)
 
 
-def load_openwebtext(num_proc: int) -> datasets.Dataset:
-    """OpenWebText from the hub. Raises UserError if it is not complete."""
-    documents = datasets.load_dataset(SOURCE, revision=REVISION, split='train', num_proc=num_proc)
-    if len(documents) != DOCUMENTS:
-        raise UserError(f"{SOURCE} has {len(documents):,} documents instead of {DOCUMENTS:,}")
-    return documents
-
-
-def load_local_files(patterns: list[str], column: str) -> datasets.Dataset:
-    """The documents of the files that match, with one column `text`. Raises UserError."""
+def load_documents(patterns: list[str] | None, column: str, num_proc: int) -> datasets.Dataset:
+    """The documents of the files that match, or OpenWebText, with a column `text`. Raises UserError."""
+    if not patterns:
+        documents = datasets.load_dataset(SOURCE, revision=REVISION, split='train', num_proc=num_proc)
+        if len(documents) != DOCUMENTS:
+            raise UserError(f"{SOURCE} has {len(documents):,} documents instead of {DOCUMENTS:,}")
+        return documents
     files = sorted(file for pattern in patterns for file in glob.glob(pattern))
     suffixes = {Path(file).suffix for file in files}
     if len(suffixes) != 1 or not suffixes <= FORMATS.keys():
-        raise UserError(f"{len(files)} files match {' '.join(patterns)}, with the endings {sorted(suffixes)}: all "
-                        f"must have the same one of {', '.join(FORMATS)}")
+        raise UserError(f"{' '.join(patterns)}: {len(files)} files, which end in {sorted(suffixes)}, but must "
+                        f"all end in the same one of {', '.join(FORMATS)}")
     documents = datasets.load_dataset(FORMATS[suffixes.pop()], data_files=files, split='train')
     if column not in documents.column_names or len(documents) < 2:
-        raise UserError(f"at least 2 documents with a column {column!r} are needed, but there are {len(documents)}, "
-                        f"with the columns {', '.join(documents.column_names)}: choose one with --column")
+        raise UserError(f"{len(documents)} documents with the columns {', '.join(documents.column_names)}: at "
+                        f"least 2 are needed, with a column {column!r} (or another: --column)")
     return documents.select_columns(column).rename_columns({column: 'text'})
 
 
@@ -78,12 +74,11 @@ def write_split(documents: datasets.Dataset, path: Path, num_proc: int) -> None:
     tokenized = documents.map(tokenize, batched=True, remove_columns='text', features=features,
                               num_proc=min(num_proc, len(documents)), desc=f"tokenizing {path.stem}")
     n_tokens = 0
-    with atomic_write(path) as file, tqdm(total=len(tokenized), desc=f"writing {path.name}") as bar:
+    with atomic_write(path) as file:
         for batch in tokenized.with_format('arrow').iter(batch_size=1000):
             ids = batch['ids'].combine_chunks().flatten().to_numpy().astype(TOKEN)
             file.write(ids)
             n_tokens += len(ids)
-            bar.update(len(batch))
     print(f"{path}: {len(documents):,} documents, {n_tokens:,} tokens")
 
 
@@ -98,10 +93,7 @@ if __name__ == '__main__':
     arguments = parser.parse_args()
     folder = own_folder(arguments.dataset) if arguments.dataset else here
     tokenizer(None)  # loads the vocabulary, or says how to get it, before anything else is downloaded
-    if arguments.data_files:
-        documents = load_local_files(arguments.data_files, arguments.column)
-    else:
-        documents = load_openwebtext(arguments.num_proc)
+    documents = load_documents(arguments.data_files, arguments.column, arguments.num_proc)
     splits = documents.train_test_split(test_size=val_size(len(documents)), seed=2357, shuffle=True)
     start_over(folder)
     write_split(splits['test'], folder / 'val.bin', arguments.num_proc)

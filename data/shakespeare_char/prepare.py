@@ -7,7 +7,6 @@ Writes train.bin (1,003,854 tokens), val.bin (111,540) and meta.pkl (65 characte
 """
 import argparse
 import hashlib
-import http.client
 import sys
 import urllib.request
 from pathlib import Path
@@ -30,16 +29,16 @@ def load_text(doc: str) -> str:
     parser.add_argument('--timeout', type=float, default=60, help="seconds to wait for the server")
     arguments = parser.parse_args()
     path = arguments.input or here / 'input.txt'
-    is_local = arguments.input or path.exists()
+    source = path if arguments.input or path.exists() else URL
     try:
-        content = path.read_bytes() if is_local else urllib.request.urlopen(URL, timeout=arguments.timeout).read()
-    except (OSError, http.client.HTTPException) as error:
-        raise UserError(f"can't read {path if is_local else URL} ({error}): fetch it elsewhere and run this with "
-                        "--input FILE, or use the offline set: python data/pydocs_char/prepare.py") from error
+        with open(path, 'rb') if source == path else urllib.request.urlopen(URL, timeout=arguments.timeout) as file:
+            content = file.read()
+    except OSError as error:
+        raise UserError(f"can't read {source} ({error}): fetch {URL} elsewhere and run this with --input FILE, "
+                        "or use the offline data set: python data/pydocs_char/prepare.py") from error
     if hashlib.sha256(content).hexdigest() != SHA256:
-        raise UserError(f"{path if is_local else URL} is not tiny Shakespeare, byte for byte. For another text: "
-                        "python data/prepare_text.py")
-    if not is_local:
+        raise UserError(f"{source} is not tiny Shakespeare. For another text: python data/prepare_text.py")
+    if source == URL:
         with atomic_write(path) as file:
             file.write(content)
     return content.decode()
