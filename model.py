@@ -120,7 +120,6 @@ class KVCache:
 
 
 class CausalSelfAttention(nn.Module):
-
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head = config.n_head
@@ -157,7 +156,6 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
@@ -170,7 +168,6 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
@@ -178,9 +175,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, masks: list[torch.Tensor] | None = None, angles: tuple | None = None,
-                extend: Callable | None = None) -> torch.Tensor:
-        x = x + self.attn(self.ln_1(x), masks, angles, extend)
+    def forward(self, x: torch.Tensor, *options) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x), *options)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -250,15 +246,13 @@ class GPT(nn.Module):
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None, cache: KVCache | None = None,
                 return_logits: bool = True, checkpoint_activations: bool = False
                 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Logits, and the mean cross-entropy in nats if there are targets.
+        """Logits (B, T, V) and the mean cross-entropy in nats; without targets the last logits (B, 1, V), None.
 
-        idx (B, T) int64: token ids. targets (B, T) int64 or None: the next ids; -1 is ignored.
-        With targets: logits (B, T, V) and a scalar loss. Without: the last position's logits (B, 1, V), None.
+        idx (B, T) int64: token ids. targets (B, T) int64: the next ids; -1 is ignored.
         cache: idx continues the tokens in it, and is added to it.
         return_logits: False, with targets, gives None for the logits, which then need not all be in memory.
         checkpoint_activations: keep each block's input only, and compute the rest again in the backward pass
         (Chen et al. 2016, arXiv 1604.06174): less memory, more time, the same gradients.
-        Raises ValueError for more than block_size tokens with learned positions.
         """
         config, T = self.config, idx.size(1)
         S = T if cache is None else cache.capacity
@@ -267,7 +261,7 @@ class GPT(nn.Module):
         if cache is not None:
             i = i + cache.length
             cache.length += T
-            masks = [i[:, None] >= torch.arange(S, device=idx.device)]  # (T, S)
+            masks = [i[:, None] >= torch.arange(S, device=i.device)]  # (T, S)
         x = self.transformer.wte(idx)                               # (B, T, C)
         if config.has_wpe:
             if S > config.block_size:
@@ -313,12 +307,10 @@ class GPT(nn.Module):
         stop: a row that drew this id goes on drawing it, and the stream ends when all rows have.
         vocab_size: ids from here on (padding of the vocabulary) are never drawn.
         generators: a torch.Generator for each row, so that a row's text does not depend on the others.
-        decode: this model compiled, for all tokens but the first (runtime.compile_decoding).
+        decode: this model compiled with fixed shapes, for all tokens but the first.
         Beyond block_size a model with learned positions sees the last block_size tokens, computed again for
         every token since all positions shift; otherwise the context just grows.
         """
-        if idx.size(1) == 0:
-            raise ValueError("generation needs a prompt of at least one token")
         end = idx.size(1) + max_new_tokens
         limit = self.config.block_size if self.config.has_wpe else end
         cache, forward, new = KVCache(min(limit, end), idx.device), self, idx
@@ -362,8 +354,7 @@ class GPT(nn.Module):
         c = theirs.config
         expected = dict(n_inner=4 * c.n_embd, layer_norm_epsilon=1e-5, scale_attn_weights=True,
                         scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True)
-        differing = [f'{key}={getattr(c, key)}' for key, value in expected.items()
-                     if getattr(c, key) not in (value, None)]
+        differing = [key for key, value in expected.items() if getattr(c, key) not in (value, None)]
         differing += [f'{kind}: {key}' for kind in ('missing_keys', 'unexpected_keys') for key in info[kind]]
         if differing:
             raise ValueError(f"{name} is not a GPT-2 as this model is: {', '.join(sorted(differing)[:5])}")

@@ -4,7 +4,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import NamedTuple
@@ -183,8 +183,3 @@ def processes(device: str = 'auto', dtype: str = 'auto', compile: bool | str = '
     finally:
         dist.destroy_process_group()
         time.sleep(0.1)  # PyTorch 2.13: gloo's threads must let go of DDP's tensors before Python ends
-
-
-def compile_decoding(model: torch.nn.Module) -> Callable:
-    """The model compiled for GPT.stream(decode=...): all shapes are fixed, and a GPU replays a CUDA graph."""
-    return torch.compile(model, mode='reduce-overhead', dynamic=False)

@@ -70,9 +70,9 @@ def generate():
     prompt, stop_ids = encode_prompt(tok), tok.encode(stop)
     if not prompt or len(stop_ids) > 1:
         raise UserError(f"start takes at least one token, stop at most one: {len(prompt)}, {len(stop_ids)}")
-    options = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
-                   vocab_size=tok.vocab_size, stop=stop_ids[0] if stop_ids else None,
-                   decode=runtime.compile_decoding(model) if machine.compile else None)
+    decode = torch.compile(model, mode='reduce-overhead', dynamic=False) if machine.compile else None
+    options = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, decode=decode,
+                   vocab_size=tok.vocab_size, stop=stop_ids[0] if stop_ids else None)
     generators = [torch.Generator(machine.device).manual_seed(runtime.derive_seed(seed, runtime.SAMPLE, i))
                   for i in range(num_samples)]
     idx = torch.tensor([prompt] * num_samples, device=machine.device)  # (num_samples, T)
