@@ -124,7 +124,7 @@ def measure(method, machine, data, windows, places):
 
 
 def estimate(values, block=1):
-    """[mean, standard error or None] of values (G, N): over blocks of neighbours, and over the seeds if G > 1."""
+    """[mean, standard error] of values (G, N), over blocks of neighbours and G > 1 seeds; None: unknown."""
     mean, n = values.mean().item(), values.size(1) // block
     if n < 2:
         return [mean, None]
@@ -305,39 +305,6 @@ def extrapolate():
     print_table('sliding window, full context', results, 'sliding')
     print("\nloss: nats per token, mean over the seeds; ±: one standard error, over text and seeds\n"
           f"results: {path}\nplot: {path.with_suffix('.png')}")
-
-
-if __name__ == '__main__':
-    extrapolate()
-def extrapolate():
-    """Measure, save, plot and print."""
-    sys.stdout.reconfigure(errors='replace')                        # the terminal may lack a sample's characters
-    machine = runtime.set_up(device, dtype, compile=False)
-    folders = list(dict.fromkeys([*runs, out_dir] if out_dir else runs)) or train_models()
-    methods = load_methods(folders, machine)
-    name, data = load_data(methods)
-    N = len(data)
-    print(f"val split of data/{name}: {N:,} tokens" + (" (--val_tokens)" if N == val_tokens else ''))
-    factors = sorted({1.0, *map(float, lengths.split(','))})
-    sizes = [[int(factor * method.config.block_size) for factor in factors] for method in methods]
-    windows = [[W for W in row if W < N] for row in sizes]
-    longest = max(fitting[-1] for fitting in windows)
-    places = torch.linspace(longest, N - 1, min(sliding_targets, N - longest)).long()
-    losses = [measure(method, machine, data, fitting, places) for method, fitting in zip(methods, windows)]
-    results = [summary(method, ours, losses[0], longest) for method, ours in zip(methods, losses)]
-    first = Path(folders[0])
-    path = (first.parent if first.is_file() else first) / 'alibi_extrapolation.json'
-    with checkpoint.atomic_write(path, 'x') as file:
-        json.dump({'dataset': name, 'methods': results}, file, indent=1)
-    plot(results, path.with_suffix('.png'))
-    for method in methods:
-        if not method.config.has_wpe:
-            print_sample(method, machine, data)
-    print_table('non-overlapping windows', results, 'non_overlapping')
-    print_table('sliding window, full context', results, 'sliding')
-    print(f"\nloss: nats per token, mean over the seeds. ±: one standard error, over text and seeds.\n"
-          f"from the first: from {methods[0].name} in as long a window, on the same targets.\n"
-          f"results: {path}, plot: {path.with_suffix('.png')}")
 
 
 if __name__ == '__main__':
