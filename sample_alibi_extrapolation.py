@@ -1,7 +1,6 @@
 """Does a model keep working on texts longer than it was trained on? Learned, rotary and ALiBi positions.
 
-    python sample_alibi_extrapolation.py            train a small model of each kind and compare them
-    python sample_alibi_extrapolation.py --seeds=3  three of each kind
+    python sample_alibi_extrapolation.py                             train small models and compare them
     python sample_alibi_extrapolation.py out-shakespeare-char-alibi  your own model, or several
 
 Prints the loss on the same target tokens of the val split in windows of 1, 1.5, 2, 4 and 8 times the trained
@@ -16,7 +15,6 @@ import math
 import subprocess
 import sys
 from itertools import cycle
-from pathlib import Path
 from typing import NamedTuple
 
 # ---------------------------------------------------------------------------------------------------------
@@ -60,12 +58,9 @@ class Method(NamedTuple):
     states: list               # their checkpoints
 
 
-# ---------------------------------------------------------------------------------------------------------
-# losses of a model: nats per token, float64, on the CPU
-
 @torch.no_grad()
 def token_losses(model, machine, x, y):
-    """The loss of each token y (B, T), given the tokens of its row x (B, T) up to there: (B, T)."""
+    """The loss in nats of each token y (B, T), given its row x (B, T) up to there: (B, T) float64, CPU."""
     T, losses = x.size(1), []
     rows = max(1, BATCH_TOKENS // T)
     batches = list(zip(x.split(rows), y.split(rows)))
@@ -136,9 +131,9 @@ def estimate(values, block=1):
 
 
 def summary(method, losses, first, longest):
-    """A method's part of alibi_extrapolation.json: losses in nats per token, each [mean, standard error].
+    """A method's results, for the JSON file. first: the losses to compare with; longest: the longest window.
 
-    first: the losses of the method to compare with. longest: the longest window.
+    A loss is [mean, standard error], in nats per token.
     """
     L, windows, stretch = method.L, losses['windows'], losses['stretch']
 
@@ -155,8 +150,8 @@ def summary(method, losses, first, longest):
     by_position = {'targets': curve[0].size(1), 'position': [(j + 0.5) * stretch for j in range(len(curve))],
                    'loss': [values.mean().item() for values in curve],
                    'error_of_change_from_trained': [estimate(values - trained, L)[1] for values in curve]}
-    rows = [{'window': W, 'non_overlapping': row('non_overlapping', i, longest), 'sliding': row('sliding', i, 1)}
-            for i, W in enumerate(windows)]
+    rows = [{'window': W, 'non_overlapping': row('non_overlapping', i, longest),
+             'sliding': row('sliding', i, 1)} for i, W in enumerate(windows)]
     return {'name': method.name, 'folders': [str(folder) for folder in method.folders], 'trained_length': L,
             'seeds': [state['config'].get('seed') for state in method.states],
             'windows': rows, 'by_position': by_position}
@@ -201,8 +196,8 @@ def plot(results, path):
         axes.plot(x, y, marker='.', label=name, **style)
         axes.fill_between(x, y - error, y + error, color=style['color'], alpha=0.2, lw=0)
         axes.axvline(result['trained_length'], color='gray', lw=1, zorder=1)
-    axes.set(xlabel='position in the text (tokens), the same targets everywhere; vertical line: trained length',
-             ylabel='loss (nats per token), lower is better', title='Loss beyond the trained length')
+    axes.set(xlabel='position in the text (tokens); the same targets at every position',
+             ylabel='loss (nats per token)', title='Loss beyond the trained length (vertical line)')
     axes.grid(alpha=0.3)
     figure.legend(loc='outside lower center', ncols=2)
     with checkpoint.atomic_write(path) as png:
@@ -222,20 +217,15 @@ def print_sample(method, machine, data):
     print(' >>> '.join(texts) + '\n---------------')
 
 
-# ---------------------------------------------------------------------------------------------------------
-# the work
-
 def train_models():
     """Train small models that differ only in their positions and seeds. Returns their out_dirs."""
-    folders = []
+    folders, options = [], [f'--dataset={dataset}'] if dataset else []
     for i in range(seeds):
         for kind in ('alibi', 'rotary', 'learned'):
             folders.append(f'out-extrapolation/{kind}-{seed + i}')
             command = ['train.py', training, f'--out_dir={folders[-1]}', f'--seed={seed + i}',
                        f"--use_alibi={kind == 'alibi'}", f"--use_rope={kind == 'rotary'}",
-                       f'--device={device}', f'--dtype={dtype}', '--log_interval=100']
-            if dataset:
-                command.append(f'--dataset={dataset}')
+                       f'--device={device}', f'--dtype={dtype}', '--log_interval=100', *options]
             print('\n$ python ' + ' '.join(command), flush=True)
             if subprocess.run([sys.executable, *command]).returncode:
                 raise UserError("train.py failed: see above")
@@ -248,7 +238,6 @@ def load_methods(folders, machine):
     for folder in folders:
         path = checkpoint.find(folder, 'ckpt.pt', 'last.pt')
         state = checkpoint.load(path)
-        state.pop('optimizer', None)                                # and its memory
         model, run = checkpoint.build_model(state).eval().to(machine.device), state['config']
         config, L = model.config, model.config.block_size
         print(f"{path}: trained at {L} tokens, iteration {state['iter_num']}")
@@ -272,15 +261,15 @@ def load_data(methods):
     if len(names) > 1:
         raise UserError(f"the models were trained on {', '.join(names)}: choose one with --dataset")
     meta = load_meta(names[0])
+    data = load_split(names[0], 'val', max(method.L for method in methods), meta)
     if any(checkpoint.data_meta(state) != meta for state in states):
         raise UserError(f"data/{names[0]} has a different vocabulary from the models' training data")
-    data = load_split(names[0], 'val', max(method.L for method in methods), meta)
     return names[0], torch.from_numpy(data[:val_tokens].astype('int64'))
 
 
 def extrapolate():
     """Measure, save, plot and print."""
-    sys.stdout.reconfigure(errors='replace')                        # a terminal may lack a sample's characters
+    sys.stdout.reconfigure(errors='replace')                        # it may lack a sample's characters
     machine = runtime.set_up(device, dtype, compile=False)
     folders = list(dict.fromkeys([*runs, out_dir] if out_dir else runs)) or train_models()
     methods = load_methods(folders, machine)
@@ -293,8 +282,7 @@ def extrapolate():
     places = torch.linspace(longest, N - 1, min(sliding_targets, N - longest)).long()
     losses = [measure(method, machine, data, row, places) for method, row in zip(methods, windows)]
     results = [summary(method, ours, losses[0], longest) for method, ours in zip(methods, losses)]
-    first = Path(folders[0])
-    path = (first.parent if first.is_file() else first) / 'alibi_extrapolation.json'
+    path = checkpoint.find(folders[0], 'ckpt.pt', 'last.pt').with_name('alibi_extrapolation.json')
     with checkpoint.atomic_write(path, 'x') as file:
         json.dump({'dataset': name, 'methods': results}, file, indent=1)
     plot(results, path.with_suffix('.png'))
@@ -303,7 +291,7 @@ def extrapolate():
             print_sample(method, machine, data)
     print_table('non-overlapping windows', results, 'non_overlapping')
     print_table('sliding window, full context', results, 'sliding')
-    print("\nloss: nats per token, mean over the seeds; ±: one standard error, over text and seeds\n"
+    print("\nloss: nats per token, mean of the seeds; ±: a standard error, of text and seeds\n"
           f"results: {path}\nplot: {path.with_suffix('.png')}")
 
 

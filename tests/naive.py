@@ -74,9 +74,7 @@ def logits(state, config, ids):
     x = torch.stack([state['transformer.wte.weight'][i] for i in ids])
     if not config.use_alibi and not config.use_rope:
         x = x + state['transformer.wpe.weight'][:T]
-    head_slopes = [0.0] * config.n_head
-    if config.use_alibi:
-        head_slopes = [slope / config.alibi_scale for slope in slopes(config.n_head)]
+    head_slopes = slopes(config.n_head) if config.use_alibi else [0.0] * config.n_head
     for layer in range(config.n_layer):
         h = f'transformer.h.{layer}.'
         qkv = linear(norm(x, h + 'ln_1'), h + 'attn.c_attn')

@@ -1,14 +1,11 @@
 """ALiBi against independent implementations: a naive loop, and the models in transformers."""
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
 from naive import slopes as naive_slopes
 from test_model import all_logits, random_ids, small
 
-import model as model_module
-from model import alibi_bias, alibi_flex_attention, alibi_slopes, attention
+from model import KVCache, alibi_bias, alibi_slopes
 
 HEADS = (1, 4, 6, 12, 20, 25)
 LENGTHS = (1, 7, 64, pytest.param(1024, marks=pytest.mark.slow))
@@ -27,10 +24,10 @@ def naive_attention(q, k, v, slopes):
 
 
 def our_attention(q, k, v, slopes):
-    """As CausalSelfAttention computes it: q are the last T of the S tokens that k and v have."""
-    T, S = q.size(1), k.size(1)
-    bias = alibi_bias(slopes, torch.arange(S - T, S), S).to(q.dtype)            # (1, H, T, S)
-    return attention(q[None], k[None], v[None], mask=bias)[0]
+    """As CausalSelfAttention computes it."""
+    T = q.size(1)
+    bias = alibi_bias(slopes, torch.arange(T), T).to(q.dtype)                   # (1, H, T, T)
+    return F.scaled_dot_product_attention(q[None], k[None], v[None], bias)[0]
 
 
 def outputs_and_gradients(attention, q, k, v, slopes, weight):
@@ -45,22 +42,18 @@ def outputs_and_gradients(attention, q, k, v, slopes, weight):
 @pytest.mark.parametrize('T', LENGTHS)
 def test_attention_equals_the_naive_loop(H, T):
     """The loop in float64, the kernel in float32 and bfloat16, which may err by its own precision."""
-    def expected(q, k, v, weight):
+    def compare(q, k, v, weight):
+        ours = outputs_and_gradients(our_attention, q, k, v, alibi_slopes(H), weight)
         slopes = torch.tensor(naive_slopes(H), dtype=torch.float64)
-        return outputs_and_gradients(naive_attention, q.double(), k.double(), v.double(), slopes,
-                                     weight.double())
+        q, k, v, weight = (x.double() for x in (q, k, v, weight))
+        return zip(ours, outputs_and_gradients(naive_attention, q, k, v, slopes, weight))
 
     torch.manual_seed(0)
-    q, k, v, weight = torch.randn(4, H, T, 16)
-    ours = outputs_and_gradients(our_attention, q, k, v, alibi_slopes(H), weight)
-    for a, b in zip(ours, expected(q, k, v, weight)):
+    tensors = torch.randn(4, H, T, 16)
+    for a, b in compare(*tensors):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-
-    q, k, v, weight = (x.bfloat16() for x in (q, k, v, weight))
-    ours = outputs_and_gradients(our_attention, q, k, v, alibi_slopes(H), weight)
-    for a, b in zip(ours, expected(q, k, v, weight)):
-        error = (a - b).square().mean().sqrt()
-        scale = b.square().mean().sqrt()
+    for a, b in compare(*tensors.bfloat16()):
+        error, scale = (a - b).square().mean().sqrt(), b.square().mean().sqrt()
         # bfloat16 has 8 bits: 2^-8 of what is added up
         assert error <= 2 ** -8 * scale + 2 ** -8, f"{error:.1e} of {scale:.1e}"
 
@@ -125,65 +118,16 @@ def test_logits_and_gradients_equal_mpts(H):
         torch.testing.assert_close(ours.weight.grad, theirs.weight.grad, rtol=1e-3, atol=1e-5)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize('T, S', [(300, 300), (513, 600), (1, 700)])
-def test_chunks_of_queries_behind_a_cache(T, S):
-    """The last T of S tokens get what they get when all S are computed at once."""
-    torch.manual_seed(0)
-    q, k, v = torch.randn(3, 2, 4, S, 16)
-    slopes = alibi_slopes(4)
-    whole = F.scaled_dot_product_attention(q, k, v, alibi_bias(slopes, torch.arange(S), S))
-    bias = alibi_bias(slopes, torch.arange(S - T, S), S)
-    last = attention(q[:, :, -T:], k, v, mask=bias)
-    torch.testing.assert_close(last, whole[:, :, -T:], rtol=0, atol=1e-5)
-
-
-# FlexAttention: a CPU can run its forward pass
-
-@torch.no_grad()
-def test_flex_equals_the_models_own_attention():
-    model = small(use_alibi=True, n_head=4, n_embd=64)
-    for T in (5, 16, 200):
-        idx = random_ids(2, T)
-        flex, _ = model(idx, idx, attend=alibi_flex_attention(model.slopes, T))
-        torch.testing.assert_close(flex, all_logits(model, idx), rtol=0, atol=1e-4)
-
-
-def test_flex_computes_the_bias_where_it_is_needed(monkeypatch):
-    """Nothing has T x T elements: the mask is made once, and has one per block of 128 x 128 positions."""
-    calls = []
-    monkeypatch.setattr(model_module, 'flex_attention', lambda q, k, v, **options: calls.append(options))
-    slopes = alibi_slopes(2)
-    attend = alibi_flex_attention(slopes, 1024)
-    for _ in range(2):
-        attend(None, None, None)
-    block_mask = calls[0]['block_mask']
-    assert block_mask is calls[1]['block_mask']
-    assert block_mask.kv_indices.shape[-2:] == (8, 8)
-    score = calls[0]['score_mod'](torch.tensor(1.5), 0, 1, torch.tensor(7), torch.tensor(3))
-    assert score.item() == pytest.approx(1.5 - slopes[1].item() * 4)
-    with pytest.raises(ValueError, match='dropout'):
-        attend(None, None, None, 0.1)
-
-
-def test_slopes_can_be_learned():
-    """Keys after the query add nothing, not nan, to the gradient of a model's own slopes."""
-    slopes = alibi_slopes(2).requires_grad_()
-    alibi_bias(slopes, torch.arange(3), 3).softmax(-1)[0, :, 2, 0].sum().backward()
-    expected = []
-    for slope in alibi_slopes(2).double().tolist():                 # of exp(-2 s) / (1 + exp(-s) + exp(-2 s))
-        a, b = math.exp(-slope), math.exp(-2 * slope)
-        expected.append((-2 * b * (1 + a + b) + b * (a + 2 * b)) / (1 + a + b) ** 2)
-    assert slopes.grad.tolist() == pytest.approx(expected, abs=1e-6)
-
-
-@pytest.mark.slow
-@torch.no_grad()
-def test_compiled_flex_equals_the_models_own_attention():
-    model = small(use_alibi=True, n_head=4, n_embd=64)
-    idx = random_ids(2, 200)
-    attend = alibi_flex_attention(model.slopes, 200)
-    compiled, _ = torch.compile(model)(idx, idx, attend=attend)
-    torch.testing.assert_close(compiled, all_logits(model, idx), rtol=0, atol=1e-4)
+def test_many_queries_behind_a_cache(T, S):
+    """The last T of S tokens get what they get when all S are computed at once. The cache is larger."""
+    model, idx = small(use_alibi=True), random_ids(2, S)
+    cache = KVCache(S + 50, idx.device)
+    if S > T:
+        model(idx[:, :-T], cache=cache)
+    logits, _ = model(idx[:, -T:], idx[:, -T:], cache=cache)
+    torch.testing.assert_close(logits, all_logits(model, idx)[:, -T:], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize('use_alibi', [False, True])
@@ -192,13 +136,13 @@ def test_the_bias_is_not_kept_for_each_batch_element(use_alibi, monkeypatch):
     seen = []
     original = F.scaled_dot_product_attention
 
-    def spy(q, k, v, mask, **options):
+    def spy(q, k, v, mask=None, **options):
         seen.append(None if mask is None else tuple(mask.shape))
         return original(q, k, v, mask, **options)
 
-    monkeypatch.setattr(model_module.F, 'scaled_dot_product_attention', spy)
+    monkeypatch.setattr(F, 'scaled_dot_product_attention', spy)
     model = small(use_alibi=use_alibi)
     model(random_ids(5, 12))
     assert seen[-1] == ((1, 3, 12, 12) if use_alibi else None)
     model.generate(random_ids(5, 12), 3)
-    assert seen[-1] == ((1, 3, 1, 14) if use_alibi else None)
+    assert seen[-1] == ((1, 3, 1, 15) if use_alibi else (1, 15))
