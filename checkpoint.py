@@ -36,12 +36,9 @@ NANOGPT_ARGS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size
 
 @contextmanager
 def atomic_write(path: str | Path, mode: str = 'xb') -> Iterator[IO]:
-    """Open a file that takes its name only once it is complete and on the disk.
-
-    mode: 'xb' or 'x', always a new file, so that no link in the temporary file's place is followed.
-    """
+    """Open a file that takes its name only once it is complete and on the disk. mode: 'xb' or 'x'."""
     temporary = Path(f'{path}.tmp')
-    temporary.unlink(missing_ok=True)                               # left behind by a killed process
+    temporary.unlink(missing_ok=True)  # of a killed process; x opens a new file, so no link is followed
     try:
         with open(temporary, mode) as file:
             yield file
@@ -63,8 +60,7 @@ def link(source: Path, target: Path) -> None:
     os.replace(temporary, target)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# writing
+# ---- writing ------------------------------------------------------------------------------------------
 
 class RunFolder:
     """A run's out_dir, which is kept to this process while the context lasts."""
@@ -116,7 +112,7 @@ class RunFolder:
             self.claim(is_new=True)
         last, best = self.path / 'last.pt', self.path / 'ckpt.pt'
         with atomic_write(last) as file:
-            torch.save(state, file.name)                            # twice as fast as into the Python file
+            torch.save(state, file)
         if is_best:
             link(last, best)
         if keep > 0:
@@ -132,8 +128,8 @@ class RunFolder:
     def resume(self, iter_num: int, evaluates: bool, path: Path | None) -> None:
         """Drop the records that a run resumed at iter_num logs again; evaluates: its evaluation there, too.
 
-        States that were not resumed from path, where that is not last.pt, are kept as last-before.pt and
-        ckpt-before.pt: those of nanoGPT, or of the run before it went back.
+        Where it resumes from a path other than last.pt (nanoGPT's, or an older state), last.pt and ckpt.pt
+        are kept as last-before.pt and ckpt-before.pt.
         """
         if path and path.name != 'last.pt':
             for name in ('last', 'ckpt'):
@@ -145,8 +141,7 @@ class RunFolder:
             file.writelines(json.dumps(record) + '\n' for record in kept)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# reading
+# ---- reading ------------------------------------------------------------------------------------------
 
 def read_metrics(out_dir: str | Path) -> list[dict]:
     """The records in out_dir/metrics.jsonl. A line that does not parse, as after a crash, is skipped."""

@@ -18,8 +18,7 @@ import torch
 
 from configurator import UserError
 
-# ---------------------------------------------------------------------------------------------------------
-# tokens
+# ---- tokens -------------------------------------------------------------------------------------------
 
 def token_type(meta: dict | None) -> np.dtype:
     """The type of the ids in a data set with this meta."""
@@ -64,8 +63,7 @@ def draw_batch(data: np.memmap, batch_size: int, block_size: int, vocab_size: in
     return windows[:, :-1], windows[:, 1:]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# text
+# ---- text ---------------------------------------------------------------------------------------------
 
 class PlainUnpickler(pickle.Unpickler):
     """Reads plain values, numpy's scalars and OrderedDict. Anything else could run code and is refused."""

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 
@@ -45,10 +46,9 @@ class GPTConfig:
         return not self.use_alibi and not self.use_rope
 
 
-# ---------------------------------------------------------------------------------------------------------
-# positions
+# ---- positions ----------------------------------------------------------------------------------------
 
-def alibi_slopes(n_head: int) -> torch.Tensor:
+def alibi_slopes(n_head: int) -> Tensor:
     """The slope of each head's linear bias, (n_head,) float32, all in (0, 1).
 
     Powers of 2^(-8/n) for a power of two. For other counts the heads beyond the largest power of two take
@@ -59,7 +59,7 @@ def alibi_slopes(n_head: int) -> torch.Tensor:
     return torch.tensor([2.0 ** x for x in exponents], dtype=torch.float32)
 
 
-def alibi_bias(slopes: torch.Tensor, i: torch.Tensor, S: int) -> torch.Tensor:
+def alibi_bias(slopes: Tensor, i: Tensor, S: int) -> Tensor:
     """What ALiBi adds to the scores of the queries at positions i (T,) against S keys: (1, H, T, S) float32.
 
     That is -slope_h * (i - j) for key j, and -inf where key j lies after query i.
@@ -70,7 +70,7 @@ def alibi_bias(slopes: torch.Tensor, i: torch.Tensor, S: int) -> torch.Tensor:
     return torch.addcmul(mask, -slopes.view(1, -1, 1, 1), distance)  # (1, H, T, S)
 
 
-def alibi_masks(slopes: torch.Tensor, i: torch.Tensor, S: int, dtype: torch.dtype) -> list[torch.Tensor]:
+def alibi_masks(slopes: Tensor, i: Tensor, S: int, dtype: torch.dtype) -> list[Tensor]:
     """alibi_bias() in pieces, for some of the queries and the keys up to the last of them each.
 
     On a CPU the kernel with a mask computes every key for every query: pieces of 256 spare it the later keys.
@@ -82,7 +82,7 @@ def alibi_masks(slopes: torch.Tensor, i: torch.Tensor, S: int, dtype: torch.dtyp
             for start in range(0, T, 256)]
 
 
-def rotary_angles(i: torch.Tensor, D: int, base: float = 10000.0) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary_angles(i: Tensor, D: int, base: float = 10000.0) -> tuple[Tensor, Tensor]:
     """What rotate() takes for tokens at positions i (T,): cosines and signed sines, (T, D) float32 each.
 
     Channels c and c + D/2 are a pair, as in Llama, which turns by an angle of i * base^(-2c/D).
@@ -93,14 +93,13 @@ def rotary_angles(i: torch.Tensor, D: int, base: float = 10000.0) -> tuple[torch
     return torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x (..., T, D), each pair of channels turned by its position's angle: scores then depend on i - j."""
     swapped = x.roll(x.size(-1) // 2, dims=-1)                      # each channel's partner
     return (x * cos + swapped * sin).to(x.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# the transformer
+# ---- the transformer ----------------------------------------------------------------------------------
 
 class KVCache:
     """Keys and values of the tokens seen so far. As in gpt-fast no shape changes: a mask hides the rest."""
@@ -110,7 +109,7 @@ class KVCache:
         self.length = torch.zeros((), dtype=torch.int64, device=device)  # tokens seen
         self.keys, self.values = [], []  # of each layer, (B, H, capacity, D)
 
-    def extend(self, layer: int, i: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple:
+    def extend(self, layer: int, i: Tensor, k: Tensor, v: Tensor) -> tuple:
         """Store k and v (B, H, T, D) of the tokens at positions i (T,); return those of all, (B, H, S, D)."""
         if layer == len(self.keys):
             shape = (*k.shape[:2], self.capacity, k.size(3))
@@ -128,17 +127,15 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor, masks: list[torch.Tensor] | None = None, angles: tuple | None = None,
-                extend: Callable | None = None) -> torch.Tensor:
+    def forward(self, x: Tensor, masks: list | None = None, angles: tuple = (), extend=None) -> Tensor:
         """x (B, T, C) -> (B, T, C).
 
         masks: for one piece of the queries after another, (..., rows, keys), added to the scores, or if bool
-        True where a key is seen; None is causal. angles: of rotary positions. extend: stores k and v in a
-        cache and gives those of all tokens.
+        True where a key is seen; None is causal. angles: for rotate(). extend(k, v): those of all tokens.
         """
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).transpose(1, 3).unbind(2)  # (B, H, T, D) each
-        if angles is not None:
+        if angles:
             q, k = rotate(q, *angles), rotate(k, *angles)
         if extend is not None:
             k, v = extend(k, v)                                     # (B, H, S, D) each
@@ -163,7 +160,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))   # (B, T, C)
 
 
@@ -175,7 +172,7 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, *options) -> torch.Tensor:
+    def forward(self, x: Tensor, *options) -> Tensor:
         x = x + self.attn(self.ln_1(x), *options)
         return x + self.mlp(self.ln_2(x))
 
@@ -189,8 +186,7 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: int,
-                with_gradient: bool) -> torch.Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, rows: int, with_gradient: bool) -> Tensor:
         dx, dw, loss, n = torch.empty_like(x), torch.zeros_like(weight), 0.0, (targets != -1).sum()
         for x_rows, y, dx_rows in zip(x.split(rows), targets.split(rows), dx.split(rows)):
             logits = F.linear(x_rows, weight)                       # (rows, V), in 16 bits under autocast
@@ -210,7 +206,7 @@ class HeadLoss(torch.autograd.Function):
         return loss / n
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple:
+    def backward(ctx, gradient: Tensor) -> tuple:
         dx, dw, n = ctx.saved_tensors
         return dx * (gradient / n), dw * (gradient / n), None, None, None
 
@@ -243,10 +239,9 @@ class GPT(nn.Module):
         if isinstance(module, (CausalSelfAttention, MLP)):  # visited after the Linear layers in them
             nn.init.normal_(module.c_proj.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
-    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None, cache: KVCache | None = None,
-                return_logits: bool = True, checkpoint_activations: bool = False
-                ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Logits (B, T, V) and the mean cross-entropy in nats; without targets the last logits (B, 1, V), None.
+    def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None,
+                return_logits: bool = True, checkpoint_activations: bool = False) -> tuple:
+        """Logits (B, T, V) and the mean cross-entropy in nats; without targets (B, 1, V), the last, and None.
 
         idx (B, T) int64: token ids. targets (B, T) int64: the next ids; -1 is ignored.
         cache: idx continues the tokens in it, and is added to it.
@@ -257,7 +252,7 @@ class GPT(nn.Module):
         config, T = self.config, idx.size(1)
         S = T if cache is None else cache.capacity
         i = torch.arange(T, device=idx.device)                      # the tokens' positions
-        masks = angles = None
+        masks, angles = None, ()
         if cache is not None:
             i = i + cache.length
             cache.length += T
@@ -284,7 +279,7 @@ class GPT(nn.Module):
         logits = self.lm_head(x)                                    # (B, T, V)
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
-    def head_loss(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def head_loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """The mean cross-entropy of x (N, C) against targets (N,), with max_logits in memory at most."""
         max_logits = 2**25 if x.device.type == 'cpu' else 2**28     # 128 MiB, 1 GiB in float32
         n_chunks = math.ceil(x.size(0) * self.config.vocab_size / max_logits)
@@ -293,14 +288,12 @@ class GPT(nn.Module):
         return HeadLoss.apply(x, self.lm_head.weight, targets, math.ceil(x.size(0) / n_chunks),
                               torch.is_grad_enabled())
 
-    # -----------------------------------------------------------------------------------------------------
-    # generation
+    # ---- generation -----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def stream(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0,
-               top_k: int | None = None, *, stop: int | None = None, vocab_size: int | None = None,
-               generators: list[torch.Generator] | None = None, use_cache: bool = True,
-               decode: Callable | None = None) -> Iterator[torch.Tensor]:
+    def stream(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None, *,
+               stop: int | None = None, vocab_size: int | None = None, generators: list | None = None,
+               use_cache: bool = True, decode: Callable | None = None) -> Iterator[Tensor]:
         """Sample up to max_new_tokens, yielding the next ids (B, 1) as they come. Call eval() first.
 
         idx (B, T) int64: the prompts, T >= 1. temperature: 0 is greedy. top_k: draw from the k likeliest ids.
@@ -333,13 +326,12 @@ class GPT(nn.Module):
             if stop is not None and stopped.all():
                 return
 
-    def generate(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0,
-                 top_k: int | None = None, **options) -> torch.Tensor:
+    def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
+                 **options) -> Tensor:
         """idx (B, T) with up to max_new_tokens sampled behind it, (B, T + n). Options as in stream()."""
         return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k, **options)], dim=1)
 
-    # -----------------------------------------------------------------------------------------------------
-    # GPT-2's weights
+    # ---- GPT-2's weights ------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(cls, name: str, override_args: dict | None = None) -> 'GPT':
@@ -368,8 +360,7 @@ class GPT(nn.Module):
         model.load_state_dict({key: state[key] for key in model.state_dict()})
         return model.eval()
 
-    # -----------------------------------------------------------------------------------------------------
-    # training
+    # ---- training -------------------------------------------------------------------------------------
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Number of parameters, by default without position embeddings (the token ones serve as the head)."""
@@ -378,15 +369,13 @@ class GPT(nn.Module):
 
     def crop_block_size(self, block_size: int) -> None:
         """Keep the first block_size positions. Call it before making an optimizer."""
-        if not 1 <= block_size <= self.config.block_size:
-            raise ValueError(f"cannot crop block_size {self.config.block_size} to {block_size}")
+        assert block_size <= self.config.block_size, "positions can be cut off, not added"
         self.config.block_size = block_size
         if self.config.has_wpe:
             wpe = self.transformer.wpe
             wpe.weight = nn.Parameter(wpe.weight[:block_size].detach().clone())
 
-    def configure_optimizers(self, weight_decay: float, learning_rate: float, betas: tuple[float, float],
-                             device_type: str) -> torch.optim.AdamW:
+    def configure_optimizers(self, weight_decay: float, learning_rate: float, betas: tuple, device_type: str):
         """AdamW (Loshchilov and Hutter 2019): matrices and embeddings decay, biases and norms do not."""
         params = [p for p in self.parameters() if p.requires_grad]
         groups = [dict(params=[p for p in params if p.dim() >= 2], weight_decay=weight_decay),
@@ -404,8 +393,7 @@ class GPT(nn.Module):
         return flops_per_token * T * fwdbwd_per_iter / dt / peak_flops
 
 
-def sample_logits(logits: torch.Tensor, temperature: float = 1.0, top_k: int | None = None,
-                  generators: list[torch.Generator] | None = None) -> torch.Tensor:
+def sample_logits(logits: Tensor, temperature=1.0, top_k=None, generators=None) -> Tensor:
     """Draw an id for each row of logits (B, V): (B, 1) int64. Options as in GPT.stream()."""
     logits = logits.float()
     if temperature == 0:

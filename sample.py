@@ -44,7 +44,7 @@ def load_model():
     """The model in eval mode, its tokenizer, and a name for it."""
     folder = (runs or [out_dir])[-1] if init_from == 'resume' else init_from
     if init_from in checkpoint.GPT2_NAMES or (Path(folder) / 'config.json').exists():
-        return checkpoint.pretrained(init_from), tokenizer(None), init_from
+        return checkpoint.pretrained(folder), tokenizer(None), folder
     path = checkpoint.find(folder, 'ckpt.pt', 'last.pt')
     state = checkpoint.load(path)
     return checkpoint.build_model(state).eval(), tokenizer(checkpoint.data_meta(state)), path

@@ -15,7 +15,6 @@ import time
 import warnings
 from contextlib import nullcontext
 from dataclasses import fields
-from datetime import timedelta
 from pathlib import Path
 
 # ---------------------------------------------------------------------------------------------------------
@@ -94,8 +93,7 @@ LAUNCH_SETTINGS = (            # may differ between the processes and resumes of
 IS_RESTART = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0  # of a torchrun, after a crash
 
 
-# ---------------------------------------------------------------------------------------------------------
-# where a run starts
+# ---- where a run starts -------------------------------------------------------------------------------
 
 def claim(machine):
     """A context in which out_dir belongs to this run: a RunFolder, or None where nothing is written."""
@@ -120,7 +118,6 @@ def load_start(meta, machine):
     saved = {}
     if init_from in checkpoint.GPT2_NAMES or (Path(init_from) / 'config.json').exists():
         model = checkpoint.pretrained(init_from, dropout)
-        check_model(model.config, init_from, machine)
     else:
         path = checkpoint.find(init_from, 'ckpt.pt', 'last.pt')
         model, saved = load_checkpoint(path, meta, machine, resumes=init_from.endswith('.pt'))
@@ -142,18 +139,17 @@ def load_checkpoint(path, meta, machine, resumes):
         model.config.block_size = block_size                        # train short, go on long
     at = f" at iteration {saved['iter_num']}" if resumes else ", its weights alone"
     machine.print(f"{'resuming' if resumes else 'starting'} from {path}{at}")
-    check_model(model.config, path, machine)
     return model, saved if resumes else {}
 
 
-def check_model(config, source, machine):
+def check_model(config, machine):
     """Print the sizes that weights decide against the settings. Raises UserError for a switch they lack."""
     for name in MODEL_SETTINGS:
         ours, theirs = globals()[name], getattr(config, name)
         if ours != theirs and name not in checkpoint.NANOGPT_ARGS and ours != getattr(GPTConfig, name):
-            raise UserError(f"{name}={ours} can't go on from {source}, trained without it")
+            raise UserError(f"{name}={ours} can't go on from weights that were trained without it")
         if ours != theirs:
-            machine.print(f"{name}: {theirs!r} as in {source}, not {ours!r}")
+            machine.print(f"{name}: {theirs!r} as in the weights, not {ours!r}")
 
 
 def make_optimizer(model, saved, machine):
@@ -175,8 +171,7 @@ def make_optimizer(model, saved, machine):
     return opt, scaler
 
 
-# ---------------------------------------------------------------------------------------------------------
-# the work
+# ---- the work -----------------------------------------------------------------------------------------
 
 def cosine_lr(step, peak, floor, warmup, total):
     """The learning rate of an update: linear warm-up to peak, then a cosine down to floor at step `total`."""
@@ -188,10 +183,7 @@ def cosine_lr(step, peak, floor, warmup, total):
 
 @torch.no_grad()
 def evaluate(model, machine, get_batch, stop):
-    """Mean losses of both splits, on the same batches at every call; None if a signal to stop comes.
-
-    get_batch(split, purpose, k): inputs and targets. The processes share the work.
-    """
+    """Mean losses of both splits, on the same batches at every call; None if a signal to stop comes."""
     model.eval()
     means = {}
     for split, purpose in (('train', runtime.EVAL_TRAIN), ('val', runtime.EVAL_VAL)):
@@ -275,7 +267,8 @@ def log(record, machine, folder, wandb):
                       "{0:.5g}, lr {lr:.1e}".format(math.exp(min(700, record['val_loss'])), **record))
     else:
         speed = "mfu {mfu:.2%}" if 'mfu' in record else "{tokens_per_s:,.0f} tok/s"
-        left = timedelta(seconds=round(record['ms'] / 1000 * (max_iters - record['iter'] - 1)))
+        seconds = round(record['ms'] / 1000 * (max_iters - record['iter'] - 1))
+        left = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
         machine.print(("iter {iter}: loss {loss:.4f}, time {ms:.2f}ms, " + speed + ", norm {grad_norm:.2f}, "
                        "eta {0}").format(left, **record))
     try:
@@ -296,7 +289,9 @@ def train():
     with runtime.processes(device, dtype, compile, backend, timeout) as machine, claim(machine) as folder:
         # model, data, optimizer
         meta = load_meta(dataset)
+        load_split(dataset, 'train', 1, meta)                       # is it there? Before a download of weights
         raw_model, saved = load_start(meta, machine)
+        check_model(raw_model.config, machine)
         T = raw_model.config.block_size
         splits = {split: load_split(dataset, split, T, meta) for split in ('train', 'val')}
         data = {split: fingerprint(tokens) for split, tokens in splits.items()}
@@ -305,7 +300,7 @@ def train():
             raise UserError("the processes differ in their settings, their data or their checkpoint: all "
                             "machines need the same command, data/ and out_dir (a shared disk)")
         if gradient_accumulation_steps < machine.world_size:
-            raise UserError(f"gradient_accumulation_steps={gradient_accumulation_steps} can't be shared by "
+            raise UserError(f"gradient_accumulation_steps={gradient_accumulation_steps} is too small for "
                             f"{machine.world_size} processes: make it a multiple of their number")
         raw_model.train().to(machine.device)
         opt, scaler = make_optimizer(raw_model, saved, machine)

@@ -14,38 +14,34 @@ import subprocess
 import sys
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench_val_loss import whole_split_loss
+from matplotlib.figure import Figure
 
 import checkpoint
-import rundir
 from dataset import load_split
 
-CONFIGS = ('cpu', 'fast', 'muon_cpu')                               # config/train_shakespeare_char_NAME.py
-SLICES = dict(cpu=2.0, fast=0.5, muon_cpu=2.0)                      # seconds of each turn
-LABELS = dict(cpu="AdamW, nanoGPT's settings", fast='Muon + ALiBi, a short run',
-              muon_cpu="Muon + ALiBi, a run of the same time")
-WINDOWS = (64, 128, 512)                                            # of the losses; past 64 only with ALiBi
-COLORS = dict(cpu='tab:blue', fast='tab:orange', muon_cpu='tab:green')
+# config/train_shakespeare_char_NAME.py: seconds of each turn, color and label of its curves
+CONFIGS = {'cpu': (2.0, 'tab:blue', "AdamW, nanoGPT's settings"),
+           'fast': (0.5, 'tab:orange', 'Muon + ALiBi, a short run'),
+           'muon_cpu': (2.0, 'tab:green', "Muon + ALiBi, a run of the same time")}
+WINDOWS = (64, 128, 512)       # of the losses; past 64 only with ALiBi
 
 
-def train_in_turn(seed):
+def train_in_turn(seed, options):
     """Train all to the end. Returns their out_dirs."""
-    out_dirs = {config: REPO / f'out-{config}-{seed}' for config in CONFIGS}
-    runs = {}
+    out_dirs, runs = {config: f'out-{config}-{seed}' for config in CONFIGS}, {}
     for config, out_dir in out_dirs.items():
         command = [sys.executable, 'train.py', f'config/train_shakespeare_char_{config}.py', f'--seed={seed}',
-                   f'--out_dir={out_dir}', '--eval_interval=100', '--log_interval=1']
-        runs[config] = subprocess.Popen(command, cwd=REPO, stdout=subprocess.DEVNULL)
-    for run in runs.values():
-        run.send_signal(signal.SIGSTOP)
+                   f'--out_dir={out_dir}', '--eval_interval=100', '--log_interval=1', *options]
+        runs[config] = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        runs[config].send_signal(signal.SIGSTOP)
     while any(run.poll() is None for run in runs.values()):
         for config, run in runs.items():
             if run.poll() is None:
                 run.send_signal(signal.SIGCONT)
                 try:
-                    run.wait(SLICES[config])
+                    run.wait(CONFIGS[config][0])
                 except subprocess.TimeoutExpired:
                     run.send_signal(signal.SIGSTOP)
     assert not any(run.returncode for run in runs.values()), "a training failed"
@@ -54,7 +50,7 @@ def train_in_turn(seed):
 
 def evaluate(out_dir):
     """The training time in seconds, the curve [(seconds, val loss)], and the whole-split loss by window."""
-    records, seconds, curve = rundir.read_metrics(out_dir), 0.0, []
+    records, seconds, curve = checkpoint.read_metrics(out_dir), 0.0, []
     median = statistics.median(record['ms'] for record in records if 'ms' in record)
     usual = statistics.mean(record['ms'] for record in records if record.get('ms', math.inf) < 5 * median)
     for record in records:
@@ -62,50 +58,35 @@ def evaluate(out_dir):
             curve.append((seconds, record['val_loss']))
         else:  # an iteration during which the process was held counts as the others do
             seconds += (record['ms'] if record['ms'] < 5 * median else usual) / 1000
-    state = checkpoint.load(out_dir / 'last.pt')
+    state = checkpoint.load(Path(out_dir) / 'last.pt')
     model = checkpoint.build_model(state).eval()
-    losses, data = {}, load_split(REPO / 'data' / state['config']['dataset'], 'val', 64)
-    for window in WINDOWS if model.config.use_alibi else WINDOWS[:1]:
-        losses[window] = whole_split_loss(model, data, window, batch_size=16)
-    return seconds, curve, losses
+    data = load_split(state['config']['dataset'], 'val', 64, state['meta'])
+    windows = WINDOWS if model.config.use_alibi else WINDOWS[:1]
+    return seconds, curve, {T: round(whole_split_loss(model, data, T, 16), 4) for T in windows}
 
 
-def report(results):
-    """Print the medians over the seeds. results[config]: (seconds, {window: loss}) of each."""
-    plain_loss = statistics.median(losses[64] for _, losses in results['cpu'])
-    print(f"cpu: median loss {plain_loss:.4f} in windows of 64")
-    for config in CONFIGS[1:]:
-        ratios = [ours[0] / plain[0] for ours, plain in zip(results[config], results['cpu'])]
-        print(f"{config}: time / cpu {statistics.median(ratios):.3f} "
-              f"({', '.join(f'{ratio:.3f}' for ratio in ratios)})")
-        for window in WINDOWS:
-            loss = statistics.median(losses[window] for _, losses in results[config])
-            print(f"{config}: median loss {loss:.4f} in windows of {window}")
-    return plain_loss
-
-
-def main():
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(7, 4.5), layout='constrained')
-    axes = figure.subplots()
-    results = {config: [] for config in CONFIGS}
-    for seed in map(int, sys.argv[1:] or (41, 42, 43)):
-        out_dirs = train_in_turn(seed)
-        for config in CONFIGS:
-            seconds, curve, losses = evaluate(out_dirs[config])
+def main(seeds, *options):
+    axes = Figure(figsize=(7, 4.5), layout='constrained').subplots()
+    results = {config: [] for config in CONFIGS}                    # (seconds, {window: loss}) of each seed
+    for seed in seeds:
+        for config, out_dir in train_in_turn(seed, options).items():
+            seconds, curve, losses = evaluate(out_dir)
             results[config].append((seconds, losses))
-            listed = ', '.join(f"{loss:.4f} in windows of {window}" for window, loss in losses.items())
-            print(f"seed {seed}, {config}: {seconds:.1f} s, {listed}", flush=True)
-            label = LABELS[config] if len(results[config]) == 1 else None
-            axes.plot(*zip(*curve), color=COLORS[config], lw=1.2, label=label)
-    plain_loss = report(results)
+            print(f"seed {seed}, {config}: {seconds:.1f} s, losses by window {losses}", flush=True)
+            label = CONFIGS[config][2] if seed == seeds[0] else None
+            axes.plot(*zip(*curve), color=CONFIGS[config][1], lw=1.2, label=label)
+    for config, runs in results.items():
+        ratios = [ours[0] / plain[0] for ours, plain in zip(runs, results['cpu'])]
+        losses = {window: statistics.median(run[1][window] for run in runs) for window in runs[0][1]}
+        print(f"{config}: time / cpu {statistics.median(ratios):.3f}, median losses by window {losses}")
+    plain_loss = statistics.median(losses[64] for _, losses in results['cpu'])
     axes.axhline(plain_loss, color='gray', lw=0.8, ls='--', label="nanoGPT's settings, final loss")
     axes.set(xlabel='training time on two CPU cores (s)', ylabel='val loss (nats per character)',
-             ylim=(1.6, 3.0), title='Time to a loss: tiny Shakespeare, 0.8M parameters, 3 seeds each')
+             ylim=(1.6, 3.0), title=f'Time to a loss: tiny Shakespeare, 0.8M parameters, {len(seeds)} seeds')
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(REPO / 'docs' / 'time_to_loss.png', dpi=110)
+    axes.figure.savefig('docs/time_to_loss.png', dpi=110)
 
 
 if __name__ == '__main__':
-    main()
+    main([int(seed) for seed in sys.argv[1:]] or [41, 42, 43])

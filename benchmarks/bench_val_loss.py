@@ -2,7 +2,7 @@
 
     python benchmarks/bench_val_loss.py out-shakespeare-char ...
 
-Every token but the first is a target once, apart from those after the last full window.
+Every token but the first is a target once, except those after the last full window.
 """
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import rundir
+import checkpoint
 from dataset import load_split
 
 
@@ -20,15 +20,16 @@ def whole_split_loss(model, data, T, batch_size=64):
     data = torch.from_numpy(data.astype('int64'))
     n = (len(data) - 1) // T
     inputs, targets = data[:n * T].view(n, T), data[1:n * T + 1].view(n, T)
-    total = sum(model(x, y)[1].double() * y.numel()
+    total = sum(model(x, y, return_logits=False)[1].double() * y.numel()
                 for x, y in zip(inputs.split(batch_size), targets.split(batch_size)))
     return (total / (n * T)).item()
 
 
 if __name__ == '__main__':
     for out_dir in sys.argv[1:]:
-        model, state, path = rundir.load_for_sampling(out_dir)
-        T = model.config.block_size
-        data = load_split(Path('data') / state['config']['dataset'], 'val', T)
+        path = checkpoint.find(out_dir, 'ckpt.pt', 'last.pt')
+        state = checkpoint.load(path)
+        model, T = checkpoint.build_model(state).eval(), state['model_args']['block_size']
+        data = load_split(state['config']['dataset'], 'val', T, checkpoint.data_meta(state))
         print(f"{path}: iteration {state['iter_num']}, seed {state['config'].get('seed')}, "
               f"whole val split {whole_split_loss(model, data, T):.4f}")

@@ -9,10 +9,10 @@ A FILE is a UTF-8 text, a folder (all its *.txt, sorted) or - for stdin; several
 Writes train.bin (the first 90%), val.bin and, except for GPT-2's tokens, meta.pkl into data/mine, in place of
 an earlier data set. For a corpus of many documents see data/openwebtext/prepare.py --data_files.
 """
-import argparse
 import pickle
 import re
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 DATA = Path(__file__).resolve().parent
@@ -32,10 +32,7 @@ def char_meta(text: str) -> dict:
 
 
 def start_over(folder: Path) -> None:
-    """Make the folder, and remove an older data set. Write the new train.bin last: nothing trains without it.
-
-    An old meta.pkl would give GPT-2's token ids a wrong meaning.
-    """
+    """Make the folder, or empty it of an old data set. Write train.bin last: nothing trains without it."""
     folder.mkdir(exist_ok=True)
     for name in ('train.bin', 'val.bin', 'meta.pkl'):
         (folder / name).unlink(missing_ok=True)
@@ -87,8 +84,7 @@ def read_text(names: list[str]) -> str:
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument('files', nargs='+', metavar='FILE', help="the text")
     parser.add_argument('--dataset', required=True, metavar='NAME', help="the folder in data/ to write to")
     vocabulary = parser.add_mutually_exclusive_group()
@@ -98,8 +94,5 @@ if __name__ == '__main__':
     folder, text = own_folder(arguments.dataset), read_text(arguments.files)
     if arguments.vocab_of and not (DATA / arguments.vocab_of / 'meta.pkl').exists():
         raise UserError(f"no data/{arguments.vocab_of}/meta.pkl: prepare that data set first")
-    if arguments.bpe:
-        meta = None
-    else:
-        meta = load_meta(str(DATA / arguments.vocab_of)) if arguments.vocab_of else char_meta(text)
-    write_splits(folder, text, meta)
+    meta = load_meta(str(DATA / arguments.vocab_of)) if arguments.vocab_of else char_meta(text)
+    write_splits(folder, text, None if arguments.bpe else meta)

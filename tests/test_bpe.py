@@ -1,140 +1,89 @@
 """The BPE data sets, with GPT-2's real vocabulary, offline: prepare, train and sample as a user does."""
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
+import runpy
 
 import numpy as np
 import pytest
-from conftest import REPO, TINY, arguments, environment, error_line, run_script
-from test_sample import texts
+from conftest import REPO, arguments, error_line, run_script, tiny
 
-TEXT = 'First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\n' * 60
-EOT = 50256
+PREPARE = 'data/openwebtext/prepare.py'
 
 
-@pytest.fixture(scope='module')
-def bpe(bpe_files):
+@pytest.fixture
+def env(bpe_files, tmp_path):
+    return bpe_files | {'HF_HOME': str(tmp_path / 'hf')}
+
+
+@pytest.fixture
+def bpe(env, monkeypatch):
     """tiktoken's own encoding."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('TIKTOKEN_CACHE_DIR', bpe_files['TIKTOKEN_CACHE_DIR'])
-        import tiktoken
-        yield tiktoken.get_encoding('gpt2')
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', env['TIKTOKEN_CACHE_DIR'])
+    import tiktoken
+    return tiktoken.get_encoding('gpt2')
 
 
-def read_ids(folder, name):
-    return np.fromfile(folder / f'{name}.bin', dtype='<u2').tolist()
-
-
-@pytest.mark.parametrize('files', ['json', 'jsonl', 'parquet', 'txt'])
-def test_openwebtext_from_local_files(checkout, bpe_files, bpe, tmp_path, files):
-    """Every document once, in its own tokens, an end-of-text token behind each; one of them for val."""
-    documents = [f'Document {i} says “{"word " * (i % 7)}<|endoftext|>”' for i in range(50)] + ['']
-    rows = [{'text': text} for text in documents]
-    path = tmp_path / f'docs.{files}'
+@pytest.mark.parametrize('files', ['jsonl', 'parquet', 'txt'])
+def test_openwebtext_from_local_files(checkout, env, bpe, tmp_path, files):
+    """Every document once, in its own tokens, an end-of-text token behind each; a tenth of them for val."""
+    texts = [f'Document {i} says “{"word " * (i % 7)}<|endoftext|>”' for i in range(50)]
+    rows, path = [{'body': text} for text in texts], tmp_path / f'docs.{files}'
     if files == 'parquet':
         import pandas
         pandas.DataFrame(rows).to_parquet(path)
     elif files == 'txt':
-        path.write_text('\n'.join(documents[:-1]), encoding='utf-8')  # a line each
-        documents = documents[:-1]
+        path.write_text('\n'.join(texts), encoding='utf-8')         # a line each
     else:
-        path.write_text('\n'.join(map(json.dumps, rows)) if files == 'jsonl' else json.dumps(rows))
-    output = run_script(checkout, 'data/openwebtext/prepare.py', '--data_files', tmp_path / f'*.{files}',
-                        '--num_proc=2', env=bpe_files | {'HF_HOME': str(tmp_path / 'hf')})
-    assert 'of disk' in output
-    folder = checkout / 'data/openwebtext'
-    train, val = read_ids(folder, 'train'), read_ids(folder, 'val')
-    found = [bpe.decode_bytes(ids).decode() for ids in split_at_end(train) + split_at_end(val)]
-    assert sorted(found) == sorted(documents)
-    assert len(split_at_end(val)) == 1
-    assert sum(len(bpe.encode_ordinary(text)) + 1 for text in documents) == len(train) + len(val)
+        path.write_text('\n'.join(map(json.dumps, rows)))
+    options = arguments(num_proc=2, dataset=f'from_{files}', column='text' if files == 'txt' else 'body')
+    run_script(checkout, PREPARE, '--data_files', tmp_path / f'*.{files}', *options, env=env)
+    found = {}
+    for split in ('train', 'val'):
+        ids = np.fromfile(checkout / f'data/from_{files}/{split}.bin', dtype='<u2')
+        *documents, rest = np.split(ids, np.flatnonzero(ids == bpe.eot_token) + 1)
+        assert len(rest) == 0, "the last document has no end"
+        found[split] = [bpe.decode(document[:-1].tolist()) for document in documents]
+    assert sorted(found['train'] + found['val']) == sorted(texts) and len(found['val']) == 5
 
 
-@pytest.mark.slow
-def test_ctrl_c_while_tokenizing_leaves_no_process(checkout, bpe_files, tmp_path):
-    """datasets has processes of its own, one of which ignores Ctrl-C."""
-    (tmp_path / 'docs.txt').write_text('hear me speak, first citizen\n' * 1_000_000)
-    command = [sys.executable, 'data/openwebtext/prepare.py', '--data_files', tmp_path / 'docs.txt',
-               '--num_proc=2']
-    process = subprocess.Popen(command, cwd=checkout, start_new_session=True, stderr=subprocess.PIPE,
-                               env=environment(**bpe_files, HF_HOME=str(tmp_path / 'hf')))
-    read = b''
-    while b'tokenizing train' not in read:
-        read += os.read(process.stderr.fileno(), 65536)
-    time.sleep(1)
-    os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=10)  # until none of them has stderr open any more
-    assert process.returncode == -signal.SIGINT and b'Traceback' not in errors, errors.decode()
+def test_the_val_split_is_large_enough():
+    val_size = runpy.run_path(str(REPO / PREPARE))['val_size']
+    sizes = {2: 1, 11: 2, 400: 40, 20_000: 1000, 2_000_000: 1000, 8_013_769: 4007}  # the last is nanoGPT's
+    assert {n: val_size(n) for n in sizes} == sizes
 
 
-def split_at_end(ids):
-    documents, document = [], []
-    for i in ids:
-        if i == EOT:
-            documents.append(document)
-            document = []
-        else:
-            document.append(i)
-    assert not document, "the last document has no end"
-    return documents
-
-
-@pytest.mark.parametrize('content, options, words', [
-    (None, [], ['no files', 'x.jsonl']),
-    ('{"body": "a"}\n{"body": "b"}', [], ["'text'", 'body', '--column']),
-    ('{"text": "a"}', [], ['1 document']),
-    ('not json', [], ['read']),
-])
-def test_openwebtext_mistakes(checkout, bpe_files, tmp_path, content, options, words):
+@pytest.mark.parametrize('content, words', [
+    (None, ['0 files', 'x.jsonl']), ('{"text": "a"}', ['1 document']),
+    ('{"body": "a"}\n{"body": "b"}', ["'text'", 'body', '--column'])])
+def test_openwebtext_mistakes_leave_an_older_set(checkout, env, tmp_path, content, words):
+    (checkout / 'data/mine').mkdir(exist_ok=True)
+    (checkout / 'data/mine/train.bin').write_text('older')
     if content is not None:
         (tmp_path / 'x.jsonl').write_text(content)
-    env = bpe_files | {'HF_HOME': str(tmp_path / 'hf')}
-    options = ['--data_files', tmp_path / 'x.jsonl', *options]
-    line = error_line(run_script(checkout, 'data/openwebtext/prepare.py', *options, status=1, env=env))
+    options = ['--data_files', tmp_path / 'x.jsonl', '--dataset=mine']
+    line = error_line(run_script(checkout, PREPARE, *options, status=1, env=env))
     assert all(word in line for word in words), line
-
-
-def test_openwebtext_without_network(checkout, bpe_files, tmp_path):
-    line = error_line(run_script(checkout, 'data/openwebtext/prepare.py', status=1,
-                                 env=bpe_files | {'HF_HOME': str(tmp_path), 'HF_HUB_OFFLINE': '1'}))
-    assert 'hub' in line and '--data_files' in line
+    assert (checkout / 'data/mine/train.bin').read_text() == 'older'
 
 
 def test_no_vocabulary(checkout, tmp_path):
-    env = {'TIKTOKEN_CACHE_DIR': str(tmp_path), 'HTTPS_PROXY': 'http://127.0.0.1:9', 'https_proxy': 'http://127.0.0.1:9'}
-    line = error_line(run_script(checkout, 'data/openwebtext/prepare.py', status=1, env=env))
-    assert 'TIKTOKEN_CACHE_DIR' in line
-
-
-def test_shakespeare_in_bpe(checkout, bpe_files):
-    text = REPO.parent / 'shared/data/tinyshakespeare/input.txt'
-    if not text.exists():
-        pytest.skip("tiny Shakespeare is not at hand")
-    output = run_script(checkout, 'data/shakespeare/prepare.py', '--input', text, env=bpe_files)
-    assert '301,966 train tokens' in output and '36,059 val tokens' in output
+    env = dict(TIKTOKEN_CACHE_DIR=str(tmp_path), HTTPS_PROXY='http://127.0.0.1:9', https_proxy='http://127.0.0.1:9')
+    assert 'TIKTOKEN_CACHE_DIR' in error_line(run_script(checkout, PREPARE, status=1, env=env))
 
 
 @pytest.mark.slow
-def test_train_and_sample_in_bpe(checkout, bpe_files, bpe, tmp_path):
+def test_train_and_sample_in_bpe(checkout, env, bpe, tmp_path):
     """Your own data in BPE; a prompt and a stop token of '<|endoftext|>'."""
-    (tmp_path / 'my.txt').write_text(TEXT, encoding='utf-8')
-    prepare = ['data/prepare_text.py', tmp_path / 'my.txt', '--dataset=mine', '--bpe']
-    run_script(checkout, *prepare, env=bpe_files)
-    folder = checkout / 'data/mine'
-    assert bpe.decode(read_ids(folder, 'train') + read_ids(folder, 'val')) == TEXT
-    out_dir = tmp_path / 'out'
-    settings = TINY | dict(dataset='mine', out_dir=out_dir)
-    run_script(checkout, 'train.py', *arguments(**settings), env=bpe_files)
-    assert len(texts(bpe_sample(checkout, out_dir, bpe_files))) == 2
-    assert bpe_sample(checkout, out_dir, bpe_files, '--start=<|endoftext|>', '--stop=<|endoftext|>')
-    streamed = texts(bpe_sample(checkout, out_dir, bpe_files, '--start=“naïve” 🙂', stream=True))
-    assert streamed == texts(bpe_sample(checkout, out_dir, bpe_files, '--start=“naïve” 🙂'))
-    assert all(text.startswith('“naïve” 🙂') for text in streamed)
+    text = 'First Citizen:\nBefore we proceed any further, hear me speak.\n\n' * 80
+    (tmp_path / 'my.txt').write_text(text, encoding='utf-8')
+    run_script(checkout, 'data/prepare_text.py', tmp_path / 'my.txt', '--dataset=mine', '--bpe', env=env)
+    parts = [np.fromfile(checkout / f'data/mine/{split}.bin', dtype='<u2') for split in ('train', 'val')]
+    assert bpe.decode(np.concatenate(parts).tolist()) == text
+    run_script(checkout, 'train.py', *tiny(dataset='mine', out_dir=tmp_path / 'out'), env=env)
 
+    def sample(*options):
+        settings = arguments(out_dir=tmp_path / 'out', num_samples=2, max_new_tokens=20, device='cpu')
+        return run_script(checkout, 'sample.py', *settings, *options, env=env)
 
-def bpe_sample(checkout, out_dir, env, *options, **settings):
-    settings = dict(num_samples=2, max_new_tokens=20, device='cpu') | settings
-    return run_script(checkout, 'sample.py', *arguments(out_dir=out_dir, **settings), *options, env=env)
+    assert sample('--start=<|endoftext|>', '--stop=<|endoftext|>')
+    streamed = sample('--start=“naïve” 🙂', '--stream=True')
+    assert streamed == sample('--start=“naïve” 🙂') and streamed.count('“naïve” 🙂') == 2

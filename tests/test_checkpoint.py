@@ -1,158 +1,220 @@
-"""Checkpoints: ours and nanoGPT's open with the same weights, and what does not fit is refused by name."""
+"""Checkpoints, ours and nanoGPT's, and the folder of a run."""
 import os
+import shutil
+import zipfile
+from unittest.mock import Mock
 
 import pytest
 import torch
+from conftest import load_state
 from test_model import SMALL, all_logits, random_ids, small
 
 import checkpoint
-import rundir
-from model import GPT, GPTConfig
-from runtime import UserError
+from checkpoint import RunFolder, atomic_write, find, load, read_metrics
+from configurator import UserError
+from model import GPTConfig
+from runtime import Machine
 
-NANOGPT_ARGS = {'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout'}
 
-
-def make_state(model, optimizer=None, **more):
+def make_state(model, **more):
     """A checkpoint of the model, as train.py saves it; more: entries that replace or add to its own."""
-    if optimizer is None:
-        optimizer = make_optimizer(model)
-    state = dict(
-        model=model.state_dict(), optimizer=optimizer.state_dict(),
-        model_args=checkpoint.model_args(model.config), config={'dataset': 'x'},
-        iter_num=7, best_val_loss=1.5, scaler={}, meta=None)
-    return state | more
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
+    return dict(model=model.state_dict(), optimizer=optimizer.state_dict(), iter_num=7, best_val_loss=1.5,
+                model_args=checkpoint.model_args(model.config), config={'dataset': 'x'}, scaler={}, meta=None
+                ) | more
 
 
-def make_optimizer(model):
-    return model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
+def save(out_dir, iter_num=7, is_best=True, keep=0, **options):
+    """Save a small model as a run that ends at once does; return the model."""
+    model = small(**options)
+    with RunFolder(out_dir, is_new=False) as folder:
+        folder.save(make_state(model, iter_num=iter_num), is_best, keep)
+    return model
 
 
-def one_update(model, optimizer, idx):
-    optimizer.zero_grad()
-    _, loss = model(idx, idx)
-    loss.backward()
-    optimizer.step()
+def saved(out_dir):
+    """The iterations of last.pt and ckpt.pt."""
+    return [load_state(out_dir, name)['iter_num'] for name in ('last.pt', 'ckpt.pt')]
 
 
 @pytest.mark.parametrize('options', [{}, dict(bias=False, dropout=0.1), dict(use_alibi=True),
                                      dict(use_rope=True)])
 def test_round_trip(tmp_path, options):
-    model, idx = small(**options), random_ids(2, 16)
-    rundir.save(tmp_path, make_state(model), is_best=True)
-    loaded, state, path = rundir.load_for_sampling(tmp_path)
-    assert path == tmp_path / 'ckpt.pt'
+    model, idx = save(tmp_path, **options), random_ids(2, 16)
+    path = find(tmp_path, 'ckpt.pt', 'last.pt')
+    assert path == find(path, 'last.pt') == tmp_path / 'ckpt.pt'
+    loaded = checkpoint.build_model(load(path)).eval()
     assert loaded.config == model.config
-    assert not loaded.training
     assert torch.equal(all_logits(model, idx), all_logits(loaded, idx))
-    assert state['iter_num'] == 7
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
 
 
 def test_a_plain_checkpoint_has_only_nanogpts_model_args():
-    assert checkpoint.model_args(GPTConfig()).keys() == NANOGPT_ARGS
+    nanogpts = {'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout'}
+    assert checkpoint.model_args(GPTConfig()).keys() == nanogpts
     for key in ('use_alibi', 'use_rope'):
-        assert checkpoint.model_args(GPTConfig(**{key: True})).keys() == NANOGPT_ARGS | {key}
+        assert checkpoint.model_args(GPTConfig(**{key: True})).keys() == nanogpts | {key}
 
 
-@pytest.mark.parametrize('prefix, step', [('_orig_mod.', 'tensor'), ('', 'missing')])
-def test_nanogpts_own_checkpoint_opens(tmp_path, prefix, step):
+def test_nanogpts_own_checkpoint_opens(tmp_path, checkout, monkeypatch):
     """In its layout: compiled prefixes, the oldest ones' mask, best_val_loss a tensor, no keys of ours."""
     model, idx = small(bias=False), random_ids(2, 16)
-    parameters = {prefix + key: value for key, value in model.state_dict().items()}
-    for layer in range(SMALL['n_layer']):
-        parameters[f'{prefix}transformer.h.{layer}.attn.bias'] = torch.ones(1, 1, 16, 16).tril()
-    state = {
-        'model': parameters,
-        'optimizer': torch.optim.AdamW([torch.zeros(2)]).state_dict(),
-        'model_args': SMALL | dict(bias=False, dropout=0.0),
-        'iter_num': 250,
-        'best_val_loss': torch.tensor(1.9),
-        'config': {'dataset': 'nowhere'},
-    }
-    torch.save(state, tmp_path / 'ckpt.pt')
-    loaded, state, _ = rundir.load_for_sampling(tmp_path)
-    assert torch.equal(all_logits(model, idx), all_logits(loaded, idx))
+    weights = {f'_orig_mod.{key}': value for key, value in model.state_dict().items()}
+    weights['_orig_mod.transformer.h.0.attn.bias'] = torch.ones(1, 1, 16, 16).tril()
+    torch.save(dict(model=weights, optimizer=torch.optim.AdamW([torch.zeros(2)]).state_dict(), iter_num=250,
+                    model_args=SMALL | dict(bias=False, dropout=0.0), best_val_loss=torch.tensor(1.9),
+                    config={'dataset': 'nowhere'}), tmp_path / 'ckpt.pt')
+    state = load(tmp_path / 'ckpt.pt')
+    assert torch.equal(all_logits(model, idx), all_logits(checkpoint.build_model(state).eval(), idx))
+    monkeypatch.chdir(checkout)
     with pytest.raises(UserError, match='23 token ids .*data/nowhere/meta.pkl'):
-        checkpoint.data_meta(state)  # the characters are not in the file
+        checkpoint.data_meta(state)                                 # the characters are not in the file
+    state['config']['dataset'] = 'pydocs_char'
+    assert 'stoi' in checkpoint.data_meta(state)
 
 
-def test_the_optimizer_goes_on_with_its_moments_and_the_new_hyperparameters():
+def test_a_resumed_optimizer_has_the_new_hyperparameters(monkeypatch):
+    import train
     model = small()
-    optimizer = make_optimizer(model)
-    one_update(model, optimizer, random_ids(2, 8))
-    fresh = model.configure_optimizers(0.2, 5e-4, (0.8, 0.99), 'cpu')
-    saved = make_state(model, optimizer)
-    for group in saved['optimizer']['param_groups']:
-        del group['fused']  # as an older PyTorch writes it
-    checkpoint.load_optimizer(fresh, saved)
-    for p in model.parameters():
-        assert torch.equal(fresh.state[p]['exp_avg'], optimizer.state[p]['exp_avg'])
-    group = fresh.param_groups[0]
-    assert (group['lr'], group['betas'], group['weight_decay']) == (5e-4, (0.8, 0.99), 0.2)
-    assert group['fused'] is True
-    fresh.step()
+    state = make_state(model)
+    del state['optimizer']['param_groups'][0]['fused']              # as an older PyTorch writes it
+    monkeypatch.setattr(train, 'weight_decay', 0.2)
+    optimizer, _ = train.make_optimizer(model, state, Machine(torch.device('cpu'), 'float32', False))
+    assert optimizer.param_groups[0]['weight_decay'] == 0.2 and optimizer.param_groups[0]['fused']
 
 
-def test_cropping_crops_the_optimizer_too():
-    """Its moments keep the first positions too, and the next update works."""
-    model, idx = small(), random_ids(2, 8)
-    optimizer = make_optimizer(model)
-    one_update(model, optimizer, idx)
-    before = optimizer.state[model.transformer.wpe.weight]['exp_avg'].clone()
-    checkpoint.crop_block_size(model, optimizer, 8)
-    after = optimizer.state[model.transformer.wpe.weight]['exp_avg']
-    assert torch.equal(after, before[:8])
-    one_update(model, optimizer, idx)
-
-
-class Payload:
-    """Unpickling it as code makes a folder."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-def test_a_hostile_checkpoint_is_refused_and_runs_nothing(tmp_path):
-    path, made = tmp_path / 'ckpt.pt', tmp_path / 'made'
-    torch.save(make_state(small(), meta=Payload(made)), path)
+def test_a_hostile_checkpoint_is_refused_and_runs_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with zipfile.ZipFile('ckpt.pt', 'w') as archive:
+        archive.writestr('ckpt/version', '3\n')
+        archive.writestr('ckpt/data.pkl', b"cos\nmkdir\n(S'made'\ntR.")  # os.mkdir('made')
     with pytest.raises(UserError, match='ckpt.pt'):
-        checkpoint.load(path)
-    assert not made.exists()
-    torch.load(path, weights_only=False)  # the payload is real
-    assert made.exists()
+        load('ckpt.pt')
+    assert os.listdir() == ['ckpt.pt']
+    torch.load('ckpt.pt', weights_only=False)                       # the payload is real
+    assert os.path.exists('made')
 
 
-def test_what_is_no_checkpoint_is_named(tmp_path):
-    path = tmp_path / 'ckpt.pt'
-    with pytest.raises(UserError, match='no ckpt.pt or last.pt'):
-        rundir.load_for_sampling(tmp_path)
-    for content in (b'', b'junk'):
-        path.write_bytes(content)
-        with pytest.raises(UserError, match='ckpt.pt'):
-            checkpoint.load(path)
-    torch.save([1, 2], path)
-    with pytest.raises(UserError, match='not a checkpoint of a GPT: it holds a list'):
-        checkpoint.load(path)
+def mark_as_folder(path):
+    """Set a bit in a zip file for which PyTorch gives whatever is in memory as the tensors."""
+    with zipfile.ZipFile(path) as archive:
+        contents = {entry: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(path, 'w') as archive:
+        for entry, content in contents.items():
+            entry.external_attr |= 0x10 if '/data/' in entry.filename else 0
+            archive.writestr(entry, content)
 
 
-def test_weights_that_do_not_fit_are_named():
-    state = make_state(small())
-    model_args = state['model_args']
-    with pytest.raises(UserError, match='wpe'):
-        checkpoint.build_model(state | {'model_args': model_args | {'block_size': 8}})
-    with pytest.raises(UserError, match='rotary'):
-        checkpoint.build_model(state | {'model_args': model_args | {'rotary': True}})
-    del state['model']['transformer.ln_f.weight']
-    with pytest.raises(UserError, match='ln_f'):
-        checkpoint.build_model(state)
+def test_unusable_checkpoints_are_named(tmp_path):
+    save(tmp_path)
+    mark_as_folder(tmp_path / 'ckpt.pt')
+    torch.save([1], tmp_path / 'list.pt')
+    weights = {'lm_head.weight': torch.tensor([1.0, torch.nan])}
+    torch.save({'model': weights, 'model_args': {'vocab_size': 5}}, tmp_path / 'nan.pt')
+    for name, words in (('ckpt.pt', 'is damaged'), ('list.pt', 'is damaged'), ('nan.pt', 'lm_head.weight')):
+        with pytest.raises(UserError, match=f'{name}:? {words}'):
+            load(tmp_path / name)
 
 
-def test_a_model_of_nanogpts_defaults_is_124m():
-    """GPT-2's parameters, but for the positions, which are not counted, and the padding of the vocabulary."""
-    with torch.device('meta'):
-        model = GPT(GPTConfig())
-    assert model.get_num_params() == 124_439_808 - 1024 * 768 + (50304 - 50257) * 768
+def test_atomic_write_is_all_or_nothing(tmp_path):
+    path = tmp_path / 'file'
+    with pytest.raises(RuntimeError), atomic_write(path, 'x') as file:
+        raise RuntimeError(file.write('half'))
+    assert not os.listdir(tmp_path)
+    path.write_text('old')
+    with atomic_write(path, 'x') as file:
+        file.write('new')
+        file.flush()
+        assert path.read_text() == 'old'
+    assert path.read_text() == 'new' and os.listdir(tmp_path) == ['file']
+
+
+def test_no_link_in_the_place_of_a_file_is_followed(tmp_path):
+    """In a shared folder it could lead to any file of the user's."""
+    out_dir, victim = tmp_path / 'out', tmp_path / 'victim'
+    out_dir.mkdir()
+    victim.write_text('mine')
+    for name in ('last.pt.tmp', 'ckpt.pt.tmp', 'last.pt', 'ckpt.pt'):
+        (out_dir / name).symlink_to(victim)
+    save(out_dir)
+    assert saved(out_dir) == [7, 7] and victim.read_text() == 'mine'
+    (out_dir / '.lock').unlink(missing_ok=True)
+    (out_dir / '.lock').symlink_to(victim)
+    with pytest.raises(OSError):
+        RunFolder(out_dir, is_new=False)
+    assert victim.read_text() == 'mine'
+
+
+def test_last_and_best(tmp_path, monkeypatch):
+    """last.pt is the newest state, ckpt.pt the best; as long as they are the same, one file on the disk."""
+    last, best = tmp_path / 'last.pt', tmp_path / 'ckpt.pt'
+    for iter_num, is_best, expected in ((1, True, [1, 1]), (2, False, [2, 1]), (3, True, [3, 3])):
+        save(tmp_path, iter_num, is_best)
+        assert saved(tmp_path) == expected and last.samefile(best) == is_best
+    monkeypatch.setattr(os, 'link', Mock(side_effect=OSError))      # as on some file systems
+    save(tmp_path, 4)
+    assert saved(tmp_path) == [4, 4] and not last.samefile(best)
+    for iter_num in (500, 1000, 1500, 700):                         # it went back: 700 is new
+        save(tmp_path, iter_num, is_best=False, keep=2)
+    assert sorted(path.name for path in tmp_path.glob('iter-*')) == ['iter-000700.pt', 'iter-001500.pt']
+
+
+def read_files(folder):
+    """The text of each file in folder, by name."""
+    return {path.name: path.read_text() for path in folder.glob('[!.]*') if path.is_file()}
+
+
+def test_a_new_run_moves_an_earlier_one(tmp_path):
+    """Names that are taken by a file, a link or a dangling link are neither followed nor replaced."""
+    run = {'last.pt': '1', 'ckpt.pt': '1', 'iter-000500.pt': '0', 'metrics.jsonl': '', 'loss.png': ''}
+    for name, text in (run | {'notes.txt': 'mine'}).items():
+        (tmp_path / name).write_text(text)
+    with RunFolder(tmp_path, is_new=False):
+        with pytest.raises(UserError, match=f'another run writes to {tmp_path}'):
+            RunFolder(tmp_path, is_new=True)
+        assert read_files(tmp_path) == run | {'notes.txt': 'mine'}
+    with RunFolder(tmp_path, is_new=True):
+        assert read_files(tmp_path) == {'notes.txt': 'mine'} and read_files(tmp_path / 'previous') == run
+    (tmp_path / 'previous-2').symlink_to(tmp_path / 'previous')
+    (tmp_path / 'previous-3').symlink_to(tmp_path / 'nowhere')
+    (tmp_path / 'ckpt.pt').write_text('2')
+    with RunFolder(tmp_path, is_new=True):
+        assert read_files(tmp_path / 'previous-4') == {'ckpt.pt': '2'}
+    assert read_files(tmp_path / 'previous') == run
+
+
+@pytest.mark.parametrize('is_moved', [True, False])
+def test_a_folder_that_is_taken_away(tmp_path, is_moved):
+    """The run saves into a new one of its name, but not where another run is."""
+    out_dir, state = tmp_path / 'out', make_state(small(), iter_num=2)
+    with RunFolder(out_dir, is_new=True) as folder:
+        for i in range(2):
+            folder.save(state, is_best=True)
+            assert saved(out_dir) == [2, 2]
+            out_dir.rename(tmp_path / f'moved-{i}') if is_moved else shutil.rmtree(out_dir)
+        save(out_dir, 50)
+        with RunFolder(out_dir, is_new=False), pytest.raises(UserError, match='another run writes to'):
+            folder.save(state, is_best=True)
+        assert saved(out_dir) == [50, 50]
+        folder.save(state, is_best=True)
+    assert saved(out_dir) == [2, 2] and saved(out_dir / 'previous') == [50, 50]
+    assert not is_moved or saved(tmp_path / 'moved-0') == [2, 2]
+
+
+def test_resume(tmp_path):
+    """Records that are logged again are dropped; states that are not resumed from are kept."""
+    records = [{'iter': 9, 'loss': 2.5}, {'iter': 10, 'val_loss': 2.0}, {'iter': 10, 'loss': 2.1}]
+    for name in ('last', 'ckpt'):
+        (tmp_path / f'{name}.pt').write_text(name)
+    with RunFolder(tmp_path, is_new=False) as folder:
+        for record in records:
+            folder.log(record)
+        with open(tmp_path / 'metrics.jsonl', 'ab') as file:
+            file.write(b'null\n[1]\n{"loss": 1}\n\xff\xfe\n{"iter": 5, "lo')
+        assert read_metrics(tmp_path) == records
+        folder.resume(10, evaluates=False, path=tmp_path / 'last.pt')
+        assert read_metrics(tmp_path) == records[:2] and not (tmp_path / 'last-before.pt').exists()
+        folder.resume(10, evaluates=True, path=tmp_path / 'iter-000010.pt')
+    assert read_files(tmp_path) == {
+        'metrics.jsonl': '{"iter": 9, "loss": 2.5}\n', 'last.pt': 'last', 'ckpt.pt': 'ckpt',
+        'last-before.pt': 'last', 'ckpt-before.pt': 'ckpt'}

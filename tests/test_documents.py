@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from conftest import REPO, environment, run_script, torchrun
 from forked import Forked
-
-from dataset import write_char_dataset
+from prepare_text import char_meta, write_splits
 
 DOCUMENTS = ['README.md', 'CONTRIBUTING.md', 'docs/robustness.md', 'docs/alibi.md', 'docs/performance.md']
 COMMAND = re.compile(r'(python|torchrun|\.venv/bin/python) .*\.py|python -c .|(pip|make|bash|sbatch) .')
@@ -81,7 +80,7 @@ def folder(checkout, bpe_files, tmp_path_factory):
     (folder / 'corpus').mkdir()
     (folder / 'corpus/a.jsonl').write_text(400 * (json.dumps({'text': text[:200]}) + '\n'))
     (folder / 'my.txt').write_text(text)
-    write_char_dataset(folder / 'data/shakespeare_char', text)      # as if each prepare.py had a network
+    write_splits(folder / 'data/shakespeare_char', text, char_meta(text))  # as if each had a network
     for name in ('shakespeare', 'openwebtext', 'fineweb'):
         for split in ('train', 'val'):
             ids = np.random.default_rng(0).integers(50257, size=5000).astype('<u2')

@@ -1,14 +1,13 @@
 """GPT-2's weights: transformers' models against ours, from local folders that stand in for the hub's."""
-import shutil
-
+import numpy as np
 import pytest
 import torch
-from conftest import REPO, TINY, VOCAB_SIZE, arguments, error_line, read_metrics, run_script
+from conftest import REPO, evaluations, load_state, run_script, tiny
 from test_model import all_logits, random_ids
 
 import checkpoint
+from configurator import UserError, configure
 from model import GPT, GPTConfig
-from runtime import UserError
 
 
 def save_gpt2(folder, std=0.2, **options):
@@ -36,21 +35,7 @@ def test_logits_equal_transformers(tmp_path, activation, gelu):
     assert (all_logits(model, idx) - peer(idx).logits).abs().max() > 1e-3  # the other activation shows
 
 
-def test_the_hubs_cache_offline(tmp_path):
-    """`gpt2` as transformers finds it in its cache after a download."""
-    revision = 'a' * 40
-    cache = tmp_path / 'hub/models--gpt2'
-    (cache / 'refs').mkdir(parents=True)
-    (cache / 'refs/main').write_text(revision)
-    peer = save_gpt2(cache / 'snapshots' / revision)
-    code = ("import torch; from model import GPT; m = GPT.from_pretrained('gpt2'); "
-            "print('sum', m(torch.arange(8)[None])[0].double().sum().item())")
-    output = run_script(REPO, '-c', code, env={'HF_HOME': str(tmp_path), 'HF_HUB_OFFLINE': '1'})
-    expected = peer(torch.arange(8)[None]).logits[:, -1].double().sum().item()
-    assert float(output.split('sum')[1]) == pytest.approx(expected, rel=1e-4)
-
-
-def test_all_four_sizes(monkeypatch):
+def test_all_four_sizes():
     """Shapes and names of gpt2 to gpt2-xl against transformers', without their weights."""
     from transformers import GPT2Config, GPT2LMHeadModel
     for n_layer, n_head, n_embd in ((12, 12, 768), (24, 16, 1024), (36, 20, 1280), (48, 25, 1600)):
@@ -64,101 +49,93 @@ def test_all_four_sizes(monkeypatch):
 
 
 @pytest.mark.parametrize('options, words', [
-    (dict(activation_function='relu'), 'relu'), (dict(n_inner=100), 'n_inner=100'),
-    (dict(layer_norm_epsilon=1e-3), 'layer_norm_epsilon'),
-    (dict(scale_attn_by_inverse_layer_idx=True), 'inverse_layer')])
-def test_what_has_no_equal_here_is_refused(tmp_path, options, words):
+    (dict(n_inner=100), 'n_inner'), (dict(layer_norm_epsilon=1e-3), 'layer_norm_epsilon'),
+    (dict(scale_attn_by_inverse_layer_idx=True), 'inverse'), (dict(activation_function='relu'), 'relu')])
+def test_models_without_an_equal_here_are_refused(tmp_path, options, words):
     save_gpt2(tmp_path, **options)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, KeyError), match=words):
         GPT.from_pretrained(tmp_path)
 
 
-def test_overrides(tmp_path):
-    save_gpt2(tmp_path)
-    assert GPT.from_pretrained(tmp_path, {'dropout': 0.3}).config.dropout == 0.3
-    with pytest.raises(ValueError, match='use_alibi.*position embeddings'):
-        GPT.from_pretrained(tmp_path, {'use_alibi': True})
+def test_missing_weights_are_refused(tmp_path):
+    """transformers would initialize them, and only warn."""
+    peer = save_gpt2(tmp_path)
+    state = peer.state_dict()
+    del state['transformer.ln_f.weight'], state['lm_head.weight']
+    peer.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(ValueError, match='missing_keys: transformer.ln_f.weight'):
+        GPT.from_pretrained(tmp_path)
 
 
-def test_a_checkpoint_remembers_the_activation(tmp_path):
-    save_gpt2(tmp_path / 'hf')
-    model = GPT.from_pretrained(tmp_path / 'hf')
-    args = checkpoint.model_args(model.config)
-    assert args['gelu'] == 'tanh' and 'gelu' not in checkpoint.model_args(GPTConfig())
-    again = checkpoint.build_model({'model': model.state_dict(), 'model_args': args}).eval()
-    idx = random_ids(1, 32, 103)
-    assert torch.equal(all_logits(again, idx), all_logits(model, idx))
+@pytest.fixture
+def gpt2(tmp_path):
+    """The folder of a tiny model with GPT-2's vocabulary."""
+    save_gpt2(tmp_path / 'gpt2', std=0.02, vocab_size=50257, n_embd=8, n_head=2, n_layer=1)
+    return tmp_path / 'gpt2'
 
 
-# the scripts
-
-def test_finetune_evaluate_and_resume(run_train, tmp_path, capsys):
-    """On characters, with a GPT-2 of as many ids: a stand-in for OpenAI's GPT-2 and its BPE."""
-    save_gpt2(tmp_path / 'hf', std=0.02, vocab_size=VOCAB_SIZE)
-    run_train(init_from=str(tmp_path / 'hf'), eval_only=True)
+def test_finetune_evaluate_and_resume(run_train, checkout, gpt2, capsys):
+    (checkout / 'data/tokens').mkdir()
+    for split in ('train', 'val'):
+        (50000 + np.arange(5000, dtype='<u2') % 10).tofile(checkout / f'data/tokens/{split}.bin')
+    options = dict(init_from=str(gpt2), dataset='tokens')
+    run_train(**options, eval_only=True)
     assert 'step 0: train loss' in capsys.readouterr().out
-    out_dir = run_train(init_from=str(tmp_path / 'hf'), block_size=16, dropout=0.1)
-    args = checkpoint.load(out_dir / 'last.pt')['model_args']
+    out_dir = run_train(**options, block_size=16)
+    assert 'n_embd: 8 as in the weights, not 32' in capsys.readouterr().out
+    args = load_state(out_dir)['model_args']
     assert (args['gelu'], args['block_size'], args['dropout']) == ('tanh', 16, 0.1)
-    losses = [r['val_loss'] for r in read_metrics(out_dir) if 'val_loss' in r]
-    assert losses[-1] < losses[0]
-    run_train(init_from='resume', block_size=16, max_iters=22)
-    run_train('long', init_from=str(tmp_path / 'hf'), block_size=64, max_iters=1)  # it has 32 positions
-    assert checkpoint.load(tmp_path / 'long/last.pt')['model_args']['block_size'] == 32
+    first, *_, last = [record['val_loss'] for record in evaluations(out_dir)]
+    assert last < first - 1
+    run_train(dataset='tokens', init_from='resume', block_size=16, max_iters=22)
+    assert load_state(out_dir)['iter_num'] == 22
+    with pytest.raises(UserError, match='use_alibi=True.* trained without it'):
+        run_train(**options, use_alibi=True)
 
 
-def test_the_data_is_looked_for_before_the_weights(run_train, monkeypatch):
-    monkeypatch.setattr(checkpoint, 'pretrained', None)
+def test_mistakes_are_named(run_train, monkeypatch):
+    with pytest.raises(UserError, match='no ckpt.pt or last.pt in gpt2-huge'):
+        run_train(init_from='gpt2-huge')
+    monkeypatch.setattr(checkpoint, 'pretrained', None)             # the data are missed before a download
     with pytest.raises(UserError, match='no data/shakespeare/train.bin: run python data/shakespeare/'):
         run_train(init_from='gpt2-xl', dataset='shakespeare')
 
 
-@pytest.mark.parametrize('settings, words', [
-    (dict(use_alibi=True), 'use_alibi.*position embeddings'),
-    (dict(use_rope=True), 'use_rope.*position embeddings'),
-    (dict(init_from='gpt2-huge'), 'folder'),
-    (dict(init_from='bert'), 'gpt2-xl')])
-def test_mistakes_are_refused(run_train, tmp_path, monkeypatch, settings, words):
-    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
-    save_gpt2(tmp_path / 'hf')
-    with pytest.raises(UserError, match=words):
-        run_train(**dict(init_from=str(tmp_path / 'hf')) | settings)
+def test_samples(checkout, gpt2, bpe_files):
+    options = ['--start=Hello<|endoftext|>', '--num_samples=1', '--max_new_tokens=3', '--device=cpu']
+    assert '\nHello<|endoftext|>' in run_script(checkout, 'sample.py', gpt2, *options, env=bpe_files)
 
 
-def test_without_network_one_line(checkout, tmp_path):
-    line = error_line(run_script(checkout, 'sample.py', '--init_from=gpt2', status=1,
-                                 env={'HF_HOME': str(tmp_path), 'HF_HUB_OFFLINE': '1'}))
-    assert 'gpt2 could not be loaded' in line and 'folder' in line
+def test_other_vocabularies_are_refused(gpt2):
+    for text in ('{"Ġthe": 262}', r'{"\u0120the":262}'):
+        (gpt2 / 'vocab.json').write_text(text, encoding='utf-8')
+        assert checkpoint.pretrained(gpt2).config.vocab_size == 50257
+    (gpt2 / 'tokenizer.json').write_text('{"model": {"vocab": {"a": 0}}}')  # as of an export of characters
+    with pytest.raises(UserError, match=f"the token ids of {gpt2} are not GPT-2's"):
+        checkpoint.pretrained(gpt2)
 
 
-def test_configs_build_on_the_meta_device(monkeypatch):
+def test_configs_build_on_the_meta_device():
     import train
-    from configurator import configure
-    defaults = {name: getattr(train, name) for name in train.setting_names}
     pretraining = dict(batch_size=12, gradient_accumulation_steps=40, max_iters=600000)
     for name, settings in dict(
             train_gpt2=pretraining | dict(eval_interval=1000, block_size=1024),
             train_gpt2_alibi=pretraining | dict(use_alibi=True),
-            finetune_shakespeare=dict(init_from='gpt2-xl', learning_rate=3e-5, max_iters=20,
-                                      decay_lr=False, dataset='shakespeare'),
-            eval_gpt2=dict(init_from='gpt2', eval_only=True, eval_iters=500, batch_size=8),
-            eval_gpt2_xl=dict(init_from='gpt2-xl', eval_only=True)).items():
-        found = configure([str(REPO / f'config/{name}.py')], defaults)
+            finetune_shakespeare=dict(init_from='gpt2-xl', learning_rate=3e-5, dataset='shakespeare'),
+            eval_gpt2=dict(init_from='gpt2', eval_only=True, eval_iters=500, batch_size=8)).items():
+        found = {'__name__': 'train', **{name: getattr(train, name) for name in train.setting_names}}
+        configure(found, [str(REPO / f'config/{name}.py')])
         assert {key: found[key] for key in settings} == settings
         with torch.device('meta'):
-            model = GPT(GPTConfig(
-                found['block_size'], 50304, found['n_layer'], found['n_head'], found['n_embd'],
-                found['dropout'], found['bias'], found['use_alibi']))
+            model = GPT(GPTConfig(**{key: found[key] for key in train.MODEL_SETTINGS}))
         assert 120e6 < model.get_num_params() < 130e6
 
 
 def test_unused_imports_stay_out(checkout, tmp_path):
     """A character-level run needs no transformers."""
-    (tmp_path / 'transformers').mkdir()
-    (tmp_path / 'transformers/__init__.py').write_text('raise ImportError("not installed")')
-    options = TINY | dict(max_iters=1, out_dir=tmp_path / 'out')
-    run_script(checkout, 'train.py', *arguments(**options), env={'PYTHONPATH': str(tmp_path)})
-    shutil.rmtree(tmp_path / 'out')
+    (tmp_path / 'transformers.py').write_text('raise ImportError("not installed")')
+    options = tiny(max_iters=1, out_dir=tmp_path / 'out')
+    run_script(checkout, 'train.py', *options, env={'PYTHONPATH': str(tmp_path)})
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from conftest import REPO
 
 from model import GPT, GPTConfig, KVCache, alibi_bias, alibi_masks, alibi_slopes, sample_logits
+from optimizer import configure_muon
 
 SMALL = dict(block_size=16, vocab_size=23, n_layer=2, n_head=3, n_embd=24)
 ALIBI, ROPE = dict(use_alibi=True), dict(use_rope=True)
@@ -76,13 +77,9 @@ def test_loss_is_the_mean_over_targets_and_ignores_minus_one():
             if targets[b, t] >= 0:
                 expected.append(-log_probs[b, t, targets[b, t]].item())
     assert loss.item() == pytest.approx(sum(expected) / len(expected), abs=1e-5)
-
-
-def test_without_targets_only_the_last_position():
-    model, idx = small(), random_ids(2, 8)
-    logits, loss = model(idx)
-    assert loss is None and logits.shape == (2, 1, SMALL['vocab_size'])
-    torch.testing.assert_close(logits[:, 0], all_logits(model, idx)[:, -1])
+    last, loss = model(idx)                                         # without targets
+    assert loss is None and last.shape == (2, 1, SMALL['vocab_size'])
+    torch.testing.assert_close(last[:, 0], logits[:, -1])
 
 
 @pytest.mark.parametrize('positions', [{}, ALIBI, ROPE])
@@ -96,14 +93,6 @@ def test_the_future_does_not_matter(positions):
 
 
 # initialization and training
-
-def test_initial_loss_is_near_ln_vocab():
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=64, vocab_size=1000, n_layer=4, n_head=4, n_embd=64))
-    idx = random_ids(8, 65, 1000)
-    _, loss = model(idx[:, :-1], idx[:, 1:])
-    assert loss.item() == pytest.approx(math.log(1000), abs=0.1)
-
 
 def test_initialization_is_gpt2s():
     """A standard deviation of 0.02, less where a block writes; biases are 0, and LayerNorm's weights 1."""
@@ -120,11 +109,13 @@ def test_initialization_is_gpt2s():
     assert model.lm_head.weight is model.transformer.wte.weight
 
 
-@pytest.mark.parametrize('positions', [{}, ALIBI, ROPE])
-def test_a_batch_overfits(positions):
+@pytest.mark.parametrize('positions, muon', [({}, False), (ALIBI, True), (ROPE, False)])
+def test_a_batch_overfits(positions, muon):
     torch.manual_seed(0)
     model = GPT(GPTConfig(**SMALL, **positions))
     optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu')
+    if muon:
+        optimizer = configure_muon(model, 0.1, 1e-2, (0.9, 0.95), 0.02, 0.95, 5)
     idx = random_ids(4, 17)
     for _ in range(150):
         _, loss = model(idx[:, :-1], idx[:, 1:])
@@ -157,13 +148,6 @@ def test_fused_adamw_equals_the_formula():
     torch.testing.assert_close(weight.detach(), decayed - 1e-2 * m / (v.sqrt() + 1e-8))
 
 
-def test_dropout_is_off_in_eval_and_on_in_training():
-    model, idx = small(dropout=0.5), random_ids(1, 16)
-    assert torch.equal(model(idx)[0], model(idx)[0])
-    model.train()
-    assert not torch.equal(model(idx)[0], model(idx)[0])
-
-
 # sizes
 
 @pytest.mark.parametrize('options, words', [
@@ -175,9 +159,6 @@ def test_bad_sizes_raise_with_the_numbers(options, words):
     with pytest.raises(ValueError) as error:
         GPTConfig(**SMALL | options)
     assert all(word in str(error.value) for word in words)
-
-
-def test_too_long_a_sequence_raises_with_both_numbers():
     with pytest.raises(ValueError, match='17 .*16'):
         small()(random_ids(1, 17))
 
@@ -199,8 +180,6 @@ def test_crop_block_size_keeps_the_first_positions():
     model.crop_block_size(8)
     assert torch.equal(before, all_logits(model, idx))
     assert model.state_dict()['transformer.wpe.weight'].shape == (8, SMALL['n_embd'])
-    with pytest.raises(ValueError, match='8 to 9'):
-        model.crop_block_size(9)
 
 
 def test_mfu_counts_as_palm_does():
@@ -370,20 +349,6 @@ def test_sampling_follows_temperature_and_top_k():
     assert (sample_logits(logits, temperature=0) == 2).all()
     assert (sample_logits(logits * 1e4, temperature=1e-40) == 2).all()  # no overflow
     assert (sample_logits(logits, top_k=1000) < 4).all()
-
-
-@pytest.mark.slow
-def test_compiled_training_step_equals_eager():
-    """torch.compile changes nothing but the speed."""
-    losses = []
-    for compiled in (False, True):
-        model = small(std=0.02, dropout=0.0, use_alibi=True).train()
-        step = torch.compile(model) if compiled else model
-        idx = random_ids(2, 17)
-        _, loss = step(idx[:, :-1], idx[:, 1:])
-        loss.backward()
-        losses.append((loss.item(), model.lm_head.weight.grad.norm().item()))
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def step_results(step, model, idx, dtype=None, **options):

@@ -1,213 +1,171 @@
-"""The prepare.py scripts, as a user runs them, on good, missing and corrupt input, and two at a time."""
-import functools
+"""data/prepare_text.py and the small data sets' prepare.py, as a user runs them, on good and bad input."""
 import hashlib
-import http.server
 import pickle
 import runpy
 import shutil
-import threading
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from conftest import REPO, error_line, run_script
+from conftest import REPO, environment, error_line, run_script, tiny
 
-from dataset import load_meta, locked, write_char_dataset
+sys.path.insert(0, str(REPO / 'data'))
+from prepare_text import char_meta, write_splits
 
 SHAKESPEARE = 'data/shakespeare_char/prepare.py'
+FILES = ['meta.pkl', 'train.bin', 'val.bin']
 
 
 @pytest.fixture
 def fresh(checkout, tmp_path):
     """A checkout with nothing prepared."""
-    prepared = shutil.ignore_patterns('*.bin', '*.pkl', '__pycache__')
-    return shutil.copytree(checkout, tmp_path / 'fresh', ignore=prepared)
+    return shutil.copytree(checkout, tmp_path / 'fresh', ignore=shutil.ignore_patterns('*.bin', '*.pkl'))
 
 
-def prepared_files(folder):
-    names = [path.name for path in folder.glob('data/shakespeare_char/*') if path.suffix != '.py']
-    return sorted(name for name in names if name != '.lock')
+def prepare_text(folder, *options, dataset='mine', **how):
+    return run_script(folder, 'data/prepare_text.py', *options, f'--dataset={dataset}', **how)
+
+
+def files(folder):
+    return sorted({path.name for path in folder.iterdir()} - {'prepare.py', '__pycache__'})
+
+
+def read_meta(folder):
+    return pickle.loads((folder / 'meta.pkl').read_bytes())
+
+
+def read_text(folder, dtype='<u2'):
+    """The text of a data set of characters."""
+    ids = np.concatenate([np.fromfile(folder / f'{split}.bin', dtype=dtype) for split in ('train', 'val')])
+    itos = read_meta(folder)['itos']
+    return ''.join(itos[i] for i in ids.tolist())
+
+
+@pytest.mark.parametrize('n_chars, dtype', [(3, '<u2'), (2**16, '<u2'), (2**16 + 1, '<u4')])
+def test_splits_of_characters(tmp_path, n_chars, dtype):
+    text = ''.join(map(chr, range(0xe000, 0xe000 + n_chars))) * 2
+    write_splits(tmp_path / 'mine', text, char_meta(text), val_fraction=0.25)
+    meta = read_meta(tmp_path / 'mine')
+    assert [meta['stoi'][char] for char in sorted(set(text))] == list(range(n_chars))
+    assert meta['vocab_size'] == len(meta['stoi']) == n_chars
+    assert read_text(tmp_path / 'mine', dtype) == text
+    assert np.fromfile(tmp_path / 'mine/train.bin', dtype=dtype).size == int(0.75 * len(text))
+
+
+def test_an_interruption_leaves_no_train_bin(tmp_path):
+    """Neither the old one, which would not fit the new meta.pkl, nor half of the new one."""
+    write_splits(tmp_path, 'abc' * 100, char_meta('abc'))
+    assert files(tmp_path) == FILES
+    (tmp_path / 'train.bin.tmp').mkdir()  # it can't be opened
+    with pytest.raises(OSError):
+        write_splits(tmp_path, 'abcd' * 100, char_meta('abcd'))
+    assert files(tmp_path) == ['meta.pkl', 'train.bin.tmp', 'val.bin']
+
+
+def test_your_own_text(fresh, bpe_files):
+    """First its characters, then GPT-2's tokens, to which the old meta.pkl would give a wrong meaning."""
+    text = "naïve “quotes”, 日本\n" * 80
+    (fresh / 'my.txt').write_bytes(b'\xef\xbb\xbf' + text.replace('\n', '\r\n').encode())   # as on Windows
+    assert f'{int(0.9 * len(text)):,} train tokens' in prepare_text(fresh, 'my.txt')
+    assert read_text(fresh / 'data/mine') == text and files(fresh / 'data/mine') == FILES
+    prepare_text(fresh, 'my.txt', '--bpe', env=bpe_files)
+    assert files(fresh / 'data/mine') == ['train.bin', 'val.bin']
+
+
+def test_several_files_a_folder_and_stdin(fresh):
+    (fresh / 'texts').mkdir()
+    for name in ('b.txt', 'a.txt', 'c.md'):
+        (fresh / 'texts' / name).write_text(name * 200)
+    (fresh / 'last').write_text('last')
+    command = [sys.executable, 'data/prepare_text.py', '-', 'texts', 'last', '--dataset=mine']
+    subprocess.run(command, cwd=fresh, input=b'first' * 200, check=True, env=environment())
+    assert read_text(fresh / 'data/mine') == '\n'.join(['first' * 200, 'a.txt' * 200, 'b.txt' * 200, 'last'])
+
+
+def test_the_vocabulary_of_another_data_set_to_finetune_on(fresh, tmp_path):
+    for name, text in (('base', 'abcdef\n' * 500), ('new', 'fed\n' * 500), ('other', 'fedx\n' * 500)):
+        (fresh / f'{name}.txt').write_text(text)
+    prepare_text(fresh, 'base.txt', dataset='base')
+    prepare_text(fresh, 'new.txt', '--vocab_of=base')
+    assert read_meta(fresh / 'data/mine') == read_meta(fresh / 'data/base')
+    run_script(fresh, 'train.py', *tiny(dataset='base', out_dir=tmp_path / 'base'))
+    options = tiny(dataset='mine', init_from=tmp_path / 'base', out_dir=tmp_path / 'mine')
+    assert 'done: 20 iterations' in run_script(fresh, 'train.py', *options)
+    assert "'x'" in error_line(prepare_text(fresh, 'other.txt', '--vocab_of=base', status=1))
+    assert 'no data/none/meta.pkl' in error_line(prepare_text(fresh, 'new.txt', '--vocab_of=none', status=1))
+    assert read_text(fresh / 'data/mine') == 'fed\n' * 500, "a mistake leaves the data set as it was"
+
+
+@pytest.mark.parametrize('content, name, words', [
+    (b'', 'mine', 'my.txt: only 0 characters'), (None, 'mine', "my.txt can't be read"),
+    (b'caf\xe9', 'mine', "my.txt can't be read as UTF-8: 'utf-8' codec can't decode byte 0xe9"),
+    (b'text ' * 200, 'pydocs_char', 'has a prepare.py of its own'),
+    *[(b'text ' * 200, name, 'is the name of a folder in data/') for name in ('a/mine', '..', '', '/tmp')]])
+def test_what_is_no_text_of_your_own(fresh, content, name, words):
+    before = sorted(fresh.glob('data/*'))
+    if content is not None:
+        (fresh / 'my.txt').write_bytes(content)
+    assert words in error_line(prepare_text(fresh, 'my.txt', dataset=name, status=1))
+    assert [path for path in sorted(fresh.glob('data/*')) if path.name != '__pycache__'] == before
 
 
 @pytest.mark.parametrize('name, size, words', [
     ('pydocs_char', 300_000, 'The "assert" statement'),
     ('pycode_char', 5_000_000, 'def namedtuple(typename, field_names')])
-def test_python_as_a_text(checkout, name, size, words):
-    folder = checkout / 'data' / name
-    run_script(checkout, folder / 'prepare.py')
-    meta = pickle.loads((folder / 'meta.pkl').read_bytes())
-    train, val = (np.fromfile(folder / f'{split}.bin', dtype='<u2') for split in ('train', 'val'))
-    text = ''.join(meta['itos'][i] for i in np.concatenate((train, val)).tolist())
-    assert len(train) == int(0.9 * len(text)) and len(text) > size
-    assert words in text
-    assert meta['vocab_size'] == len(set(text)) == len(meta['stoi']) == len(meta['itos'])
-    assert all(meta['stoi'][char] == i for i, char in meta['itos'].items())
-
-
-def test_your_own_text(fresh):
-    text = "naïve “quotes”, 日本\n" * 80
-    (fresh / 'my.txt').write_text('\ufeff' + text, encoding='utf-8')    # as an editor on Windows saves it
-    prepare = ['data/prepare_text.py', 'my.txt']
-    assert f'{len(text):,} characters' in run_script(fresh, *prepare, '--dataset=mine')
-    output = run_script(fresh, *prepare, '--dataset=mine')
-    assert f"replacing {fresh / 'data/mine'}: runs on the text before can't be resumed" in output
-    meta = load_meta(fresh / 'data/mine')
-    ids = [np.fromfile(fresh / f'data/mine/{split}.bin', dtype='<u2') for split in ('train', 'val')]
-    assert ''.join(meta['itos'][i] for i in np.concatenate(ids).tolist()) == text
-
-
-@pytest.mark.parametrize('content, name, words', [
-    (b'', 'mine', 'my.txt has only 0 characters'),
-    (b'caf\xe9', 'mine', "my.txt is not UTF-8 ('utf-8' codec can't decode byte 0xe9"),
-    (b'text\0', 'mine', 'my.txt is not a text'),
-    (None, 'mine', "can't read my.txt"),
-    (b'text ' * 200, 'pydocs_char', 'has a prepare.py of its own'),
-    *[(b'text ' * 200, name, 'is the name of a folder in data/') for name in ('data/mine', '..', '', '/tmp')],
-])
-def test_what_is_no_text_of_your_own(fresh, content, name, words):
-    before = sorted(fresh.rglob('*'))
-    if content is not None:
-        (fresh / 'my.txt').write_bytes(content)
-    prepare = ['data/prepare_text.py', 'my.txt', f'--dataset={name}']
-    assert words in error_line(run_script(fresh, *prepare, status=1))
-    (fresh / 'my.txt').unlink(missing_ok=True)
-    assert sorted(fresh.rglob('*')) == before
-
-
-def test_shakespeare_missing_file(fresh):
-    assert 'nowhere.txt' in error_line(run_script(fresh, SHAKESPEARE, '--input', 'nowhere.txt', status=1))
-    assert prepared_files(fresh) == []
-
-
-def test_shakespeare_wrong_file(fresh):
-    (fresh / 'wrong.txt').write_text('To be, or not')
-    line = error_line(run_script(fresh, SHAKESPEARE, '--input', 'wrong.txt', status=1))
-    assert 'wrong.txt' in line and hashlib.sha256(b'To be, or not').hexdigest() in line
-    assert prepared_files(fresh) == []
-
-
-def test_shakespeare_without_network(fresh):
-    line = error_line(run_script(fresh, SHAKESPEARE, '--url', 'http://127.0.0.1:9/input.txt', status=1))
-    assert all(words in line for words in ('http://127.0.0.1:9/input.txt', 'data/shakespeare_char/input.txt',
-                                           'python data/pydocs_char/prepare.py'))
-    assert prepared_files(fresh) == []
-
-
-@pytest.fixture
-def server(tmp_path):
-    """The address of a web server on this machine, and the folder that it shows."""
-    folder = tmp_path / 'www'
-    folder.mkdir()
-
-    class Silent(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
-    handler = functools.partial(Silent, directory=folder)
-    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f'http://127.0.0.1:{server.server_port}', folder
-        server.shutdown()
-
-
-def test_shakespeare_download_of_something_else(fresh, server):
-    url, folder = server
-    assert '404' in error_line(run_script(fresh, SHAKESPEARE, '--url', f'{url}/input.txt', status=1))
-    (folder / 'input.txt').write_text('<html>')
-    line = error_line(run_script(fresh, SHAKESPEARE, '--url', f'{url}/input.txt', status=1))
-    assert 'is not tiny Shakespeare' in line
-    assert prepared_files(fresh) == []
-
-
-def test_shakespeare_download(fresh, server):
-    """From a stand-in for the real address and text: the script's checksum is set to the stand-in's."""
-    url, folder = server
-    text = 'First Citizen:\nSpeak, speak.\n' * 1000
-    (folder / 'input.txt').write_text(text)
-    script = fresh / SHAKESPEARE
-    source = script.read_text()
-    checksum = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
-    assert checksum in source
-    script.write_text(source.replace(checksum, hashlib.sha256(text.encode()).hexdigest()))
-    output = run_script(fresh, SHAKESPEARE, '--url', f'{url}/input.txt')
-    assert '100%' in output and f'{len(text):,} characters' in output
-    assert prepared_files(fresh) == ['input.txt', 'meta.pkl', 'train.bin', 'val.bin']
-    assert (fresh / 'data/shakespeare_char/input.txt').read_text() == text
-    shutil.rmtree(folder)
-    run_script(fresh, SHAKESPEARE, '--url', f'{url}/input.txt')  # again, from the file that it kept
-
-
-def test_shakespeare_itself(fresh):
-    """Where the text is at hand, beside the repository or in its folder: the published sizes."""
-    places = [REPO / 'data/shakespeare_char/input.txt', REPO.parent / 'shared/data/tinyshakespeare/input.txt']
-    text = next((path for path in places if path.exists()), None)
-    if text is None:
-        pytest.skip("tiny Shakespeare is not at hand")
-    output = run_script(fresh, SHAKESPEARE, '--input', text)
-    assert '1,115,394 characters, 65 distinct' in output
-    assert '1,003,854 train tokens, 111,540 val tokens' in output
-    # nanoGPT's first and last ids
-    train = np.fromfile(fresh / 'data/shakespeare_char/train.bin', dtype='<u2')
-    assert train[:5].tolist() == [18, 47, 56, 57, 58]  # 'First'
+def test_python_as_a_text(fresh, name, size, words):
+    run_script(fresh, f'data/{name}/prepare.py')
+    text = read_text(fresh / 'data' / name)
+    assert len(text) > size and words in text
 
 
 def test_modules_that_are_no_tests_and_ascii_in_an_order_of_their_own(tmp_path):
     read_modules = runpy.run_path(str(REPO / 'data/pycode_char/prepare.py'))['read_modules']
     kept = [f'a{i}.py' for i in range(9)] + ['package/b.py']
-    for name in [*kept, 'test/c.py', 'package/tests/d.py', 'site-packages/e.py', 'f.txt']:
+    for name in [*kept, 'test/c.py', 'package/tests/d.py', 'site-packages/e.py', 'f.txt', 'é.py']:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(name)
-    (tmp_path / 'g.py').write_text('é', encoding='utf-8')
+        (tmp_path / name).write_text(name, encoding='utf-8')
     found = read_modules(tmp_path)
     assert sorted(found) == kept and found != kept and found == read_modules(tmp_path)
 
 
-SCRIPTS = ['openwebtext', 'fineweb', 'pydocs_char', 'pycode_char', 'shakespeare_char', 'shakespeare']
+@pytest.mark.parametrize('name, n_train, n_val, ids', [
+    ('shakespeare_char', '1,003,854', '111,540', [18, 47]),
+    ('shakespeare', '301,966', '36,059', [5962, 22307])])
+def test_shakespeare_itself(fresh, bpe_files, name, n_train, n_val, ids):
+    """Where the text is at hand, beside the repository or in its folder: nanoGPT's sizes and first ids."""
+    places = REPO / 'data/shakespeare_char/input.txt', REPO.parent / 'shared/data/tinyshakespeare/input.txt'
+    text = next((path for path in places if path.exists()), None) or pytest.skip("the text is not at hand")
+    output = run_script(fresh, f'data/{name}/prepare.py', '--input', text, env=bpe_files)
+    assert f'{n_train} train tokens' in output and f'{n_val} val tokens' in output
+    assert np.fromfile(fresh / f'data/{name}/train.bin', dtype='<u2', count=2).tolist() == ids
 
 
-@pytest.mark.parametrize('name', SCRIPTS)
-def test_a_second_prepare_is_refused(fresh, bpe_files, name):
-    """Before it writes anything, and whether the files come from the network or not."""
-    folder = fresh / 'data' / name
-    inputs = folder if name == 'shakespeare_char' else fresh / 'data/shakespeare_char'
-    if name.startswith('shakespeare'):
-        accept_any_text(fresh)
-        (inputs / 'input.txt').write_text('First Citizen: ' * 100)
-    before = sorted(path.name for path in folder.iterdir())
-    with locked(folder):
-        line = error_line(run_script(fresh, folder / 'prepare.py', status=1, env=bpe_files))
-    assert f'another process is preparing {folder}' in line
-    assert sorted(path.name for path in folder.iterdir()) == sorted({*before, '.lock'})
+def change(folder, url, sha256=''):
+    """Let the Shakespeare script expect another text, from another address."""
+    before, start, after = (folder / SHAKESPEARE).read_text().partition('def load_text')
+    (folder / SHAKESPEARE).write_text(f'{before}URL, SHA256 = {url!r}, {sha256!r}\n{start}{after}')
 
 
-def test_two_downloads_at_once(fresh, server):
-    url, folder = server
-    (folder / 'input.txt').write_text('a stand-in')
-    accept_any_text(fresh)
-    with locked(fresh / 'data/shakespeare_char'):
-        line = error_line(run_script(fresh, SHAKESPEARE, '--url', f'{url}/input.txt', status=1))
-    assert 'another process' in line
-    assert prepared_files(fresh) == []
+@pytest.mark.parametrize('url, options, words', [
+    ('http://127.0.0.1:9/', ['--timeout=5'], ['http://127.0.0.1:9/', '--input FILE', 'data/pydocs_char']),
+    (REPO.joinpath('LICENSE').as_uri(), [], ['LICENSE is not tiny Shakespeare', 'prepare_text.py']),
+    ('', ['--input', 'nowhere.txt'], ['nowhere.txt'])])
+def test_no_shakespeare(fresh, url, options, words):
+    change(fresh, url)
+    line = error_line(run_script(fresh, SHAKESPEARE, *options, status=1))
+    assert all(word in line for word in words), line
+    assert files(fresh / 'data/shakespeare_char') == []
 
 
-def accept_any_text(folder):
-    """Take the checksum out of shakespeare_char/prepare.py."""
-    script = folder / SHAKESPEARE
-    source = script.read_text()
-    assert 'if found != SHA256:' in source
-    script.write_text(source.replace('if found != SHA256:', 'if not found:'))
-
-
-def test_bpe_tokens_in_a_folder_of_characters(fresh, bpe_files, tmp_path):
-    """The meta.pkl of an older character-level set would give the new tokens a wrong meaning: it goes."""
-    folder = fresh / 'data/openwebtext'
-    write_char_dataset(folder, 'abc' * 100)
-    (tmp_path / 'x.jsonl').write_text('{"text": "a"}')
-    failing = run_script(fresh, folder / 'prepare.py', '--data_files', tmp_path / 'x.jsonl', status=1,
-                         env=bpe_files | {'HF_HOME': str(tmp_path / 'hf')})
-    assert '1 document' in error_line(failing) and load_meta(folder)['vocab_size'] == 3  # all as it was
-    (tmp_path / 'x.jsonl').write_text('{"text": "a"}\n{"text": "b"}')
-    output = run_script(fresh, folder / 'prepare.py', '--data_files', tmp_path / 'x.jsonl',
-                        env=bpe_files | {'HF_HOME': str(tmp_path / 'hf')})
-    assert f"{folder / 'meta.pkl'}: removed" in output
-    assert load_meta(folder) is None
-    assert sorted(path.name for path in folder.iterdir()) == ['.lock', 'prepare.py', 'train.bin', 'val.bin']
+def test_shakespeare_download(fresh, tmp_path):
+    """Of a stand-in for the real text, from its checksum on."""
+    text = 'First Citizen:\nSpeak, speak.\n' * 1000
+    (tmp_path / 'download').write_text(text)
+    change(fresh, (tmp_path / 'download').as_uri(), hashlib.sha256(text.encode()).hexdigest())
+    run_script(fresh, SHAKESPEARE)
+    assert files(fresh / 'data/shakespeare_char') == ['input.txt', *FILES]
+    assert (fresh / 'data/shakespeare_char/input.txt').read_text() == text
+    (tmp_path / 'download').unlink()
+    run_script(fresh, SHAKESPEARE)  # again, from the file that it kept
+    assert read_text(fresh / 'data/shakespeare_char') == text

@@ -1,29 +1,28 @@
-"""A run that a cluster kills, restarts and requeues loses nothing."""
+"""A run that is killed, restarted, taken back, moved, or continued elsewhere loses nothing."""
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from conftest import (
-    TINY,
-    arguments,
-    environment,
+    VOCAB_SIZE,
     evaluations,
     load_state,
-    read_metrics,
+    losses,
     run_script,
     same_tensors,
     same_weights,
+    tiny,
     torchrun,
+    weights,
 )
+from test_faults import TWO, at_batch, children, read_until, send_signal_at, start
+from test_train import char_meta, write_splits
 
 import checkpoint
-import rundir
 import train
-from dataset import draw_batch, load_split, write_char_dataset
-from runtime import EVAL_VAL, UserError, derive_seed
+from configurator import UserError
+from dataset import draw_batch, load_split
+from runtime import EVAL_VAL, derive_seed
 
 
 def test_auto_starts_a_run_and_goes_on_with_it(run_train, capsys):
@@ -31,52 +30,90 @@ def test_auto_starts_a_run_and_goes_on_with_it(run_train, capsys):
     run_train('parts', init_from='auto', max_iters=10)
     assert 'resuming' not in capsys.readouterr().out
     parts = run_train('parts', init_from='auto')
-    assert 'resuming from' in capsys.readouterr().out
+    assert f'resuming from {parts}/last.pt at iteration 10' in capsys.readouterr().out
     assert same_weights(whole, parts) and not (parts / 'previous').exists()
-    with pytest.raises(UserError, match="use_rope=True can't go on from .*/last.pt, trained without it"):
+    with pytest.raises(UserError, match="use_rope=True can't go on from weights .* without it"):
         run_train('parts', init_from='auto', use_rope=True)
 
 
-def test_the_same_scratch_command_three_times_deletes_nothing(run_train):
+def test_the_same_scratch_command_three_times_deletes_nothing(run_train, monkeypatch):
+    """Nor the metrics of a run that saved nothing."""
     out_dir = run_train(max_iters=10, seed=1)
-    run_train(max_iters=10, seed=2)
+    with monkeypatch.context() as patch:
+        send_signal_at(patch, index=5)
+        run_train(max_iters=10, seed=2)
     run_train(max_iters=10, seed=3)
-    folders = (out_dir / 'previous', out_dir / 'previous-2', out_dir)
-    assert [load_state(folder)['config']['seed'] for folder in folders] == [1, 2, 3]
+    assert [load_state(folder)['config']['seed'] for folder in (out_dir / 'previous', out_dir)] == [1, 3]
+    assert {path.name for path in (out_dir / 'previous-2').iterdir()} == {'metrics.jsonl', 'loss.png'}
+
+
+def test_a_restart_by_torchrun_resumes(run_train, monkeypatch):
+    """Whatever init_from says, once something was saved."""
+    whole, parts = run_train('whole'), run_train('parts', max_iters=10)
+    monkeypatch.setattr(train, 'IS_RESTART', True)
+    run_train('parts')
+    assert losses(whole) == losses(parts) and not (parts / 'previous').exists()
+    new = run_train('new', init_from=str(whole))
+    assert evaluations(new)[0]['val_loss'] == evaluations(whole)[-1]['val_loss']
 
 
 def test_save_interval(run_train, monkeypatch):
     """last.pt between evaluations; a resume from there ends in the weights of one run."""
     whole = run_train('whole', eval_interval=20)
     parts = run_train('parts', eval_interval=20, save_interval=3, max_iters=10)
-    saved, save = [], rundir.save
+    saved, save = [], checkpoint.RunFolder.save
 
-    def spy(out_dir, state, is_best, keep=0):
+    def spy(self, state, is_best, keep):
         saved.append((state['iter_num'], is_best))
-        save(out_dir, state, is_best, keep)
+        save(self, state, is_best, keep)
         if len(saved) == 2:
             raise KeyboardInterrupt                                 # gone without a word
-    monkeypatch.setattr(rundir, 'save', spy)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint.RunFolder, 'save', spy)
         run_train('parts', eval_interval=20, save_interval=3, init_from='resume')
     assert saved == [(12, False), (15, False)]
-    monkeypatch.setattr(rundir, 'save', save)
     run_train('parts', eval_interval=20, save_interval=3, init_from='resume')
     assert same_weights(whole, parts)
 
 
 def test_going_back_to_a_kept_state(run_train):
-    """From iter-000015.pt the run takes the same way again."""
-    out_dir = run_train(keep_checkpoints=2, eval_interval=5)
+    """From iter-000015.pt the run takes the same way again, in its folder or in another."""
+    out_dir = run_train(keep_checkpoints=2, eval_interval=5, always_save_checkpoint=False)
     assert sorted(path.name for path in out_dir.glob('iter-*')) == ['iter-000015.pt', 'iter-000020.pt']
-    first = load_state(out_dir)['model']
-    with pytest.raises(UserError, match=f'move it to {out_dir}/last.pt and use --init_from=resume'):
-        run_train(init_from=str(out_dir / 'iter-000015.pt'))
-    (out_dir / 'iter-000015.pt').rename(out_dir / 'last.pt')
-    run_train(keep_checkpoints=2, eval_interval=5, init_from='resume')
-    again = load_state(out_dir)['model']
-    assert all((first[key] == again[key]).all() for key in first)
-    assert [r['iter'] for r in read_metrics(out_dir) if 'val_loss' in r] == [0, 5, 10, 15, 20]
+    first, records = weights(out_dir), losses(out_dir)
+    branch = run_train('branch', init_from=str(out_dir / 'iter-000015.pt'), eval_interval=5)
+    assert same_tensors(first, weights(branch)) and [i for i, _, _ in losses(branch)] == [15, *range(15, 21)]
+    assert not list(out_dir.glob('*-before.pt'))
+    run_train(init_from=str(out_dir / 'iter-000015.pt'), eval_interval=5, max_iters=17)
+    assert load_state(out_dir)['iter_num'] == 17
+    for name in ('last-before.pt', 'ckpt-before.pt'):
+        assert same_tensors(first, load_state(out_dir, name)['model'])
+    run_train(init_from='resume', eval_interval=5)
+    assert same_tensors(first, weights(out_dir))
+    assert [record for record in losses(out_dir) if record[0] != 17] == [r for r in records if r[0] != 17]
+
+
+def test_a_folder_that_was_moved_is_made_again(run_train, monkeypatch, tmp_path):
+    """At iteration 5, as by a user who tidies up."""
+    at_batch(monkeypatch, 4 + 2 * 5, lambda: (tmp_path / 'out').rename(tmp_path / 'moved'))
+    with pytest.warns(UserWarning, match='not logged: FileNotFoundError'):
+        out_dir = run_train()
+    assert load_state(out_dir)['iter_num'] == load_state(out_dir, 'ckpt.pt')['iter_num'] == 20
+    assert [i for i, _, _ in losses(tmp_path / 'moved')] == [0, 0, 1, 2, 3]
+
+
+def test_a_folder_that_another_run_has_taken_is_left_to_it(run_train, monkeypatch, tmp_path):
+    def replace():
+        (tmp_path / 'out').rename(tmp_path / 'moved')
+        others.append(checkpoint.RunFolder(tmp_path / 'out', is_new=True))
+        (tmp_path / 'out/last.pt').write_text("the other's")
+
+    others = []
+    at_batch(monkeypatch, 4 + 2 * 5, replace)
+    with pytest.raises(UserError, match='another run writes to .*/out'):
+        run_train()
+    assert (tmp_path / 'out/last.pt').read_text() == "the other's"
+    others[0].lock.release()
 
 
 def test_a_new_run_takes_the_weights_of_another(run_train, capsys):
@@ -85,14 +122,15 @@ def test_a_new_run_takes_the_weights_of_another(run_train, capsys):
     files = {path: path.read_bytes() for path in source.iterdir() if path.is_file()}
     new = run_train('new', init_from=str(source), n_embd=64, max_iters=10, dropout=0.0)
     output = capsys.readouterr().out
-    assert f'starting with the weights of {source}/ckpt.pt' in output
-    assert "n_embd: 32 in the checkpoint, 64 now: the checkpoint's is used" in output
+    assert f'starting from {source}/ckpt.pt, its weights alone' in output
+    assert 'n_embd: 32 as in the weights, not 64' in output
     assert evaluations(new)[0]['val_loss'] == evaluations(source)[-1]['val_loss']
     state = load_state(new)
-    assert state['iter_num'] == 10 and state['model_args']['n_embd'] == 32
-    assert state['model_args']['dropout'] == 0.0 and state['config']['init_from'] == str(source)
-    assert state['optimizer']['state'][0]['step'] == 10             # a fresh optimizer's
+    assert (state['model_args']['n_embd'], state['model_args']['dropout']) == (32, 0.0)
+    assert state['iter_num'] == state['optimizer']['state'][0]['step'] == 10  # a fresh optimizer's
     assert {path: path.read_bytes() for path in files} == files
+    with pytest.raises(UserError, match="use_alibi=True can't go on from weights"):
+        run_train('new', init_from=str(source), use_alibi=True)
 
 
 @pytest.mark.parametrize('positions', ['use_alibi', 'use_rope'])
@@ -101,67 +139,38 @@ def test_going_on_with_longer_sequences(run_train, positions):
     source = run_train(**{positions: True})
     new = run_train('new', init_from=str(source), block_size=64, max_iters=10, **{positions: True})
     state = load_state(new)
-    assert state['model_args']['block_size'] == 64 and state['config']['block_size'] == 64
-    model, old, _ = rundir.load_for_sampling(source)
-    tokens = load_split('data/pydocs_char', 'val', 64)
-    batches = [draw_batch(tokens, 4, 64, old['model_args']['vocab_size'], derive_seed(1337, EVAL_VAL, k))
-               for k in range(2)]
+    assert state['model_args']['block_size'] == state['config']['block_size'] == 64
+    model = checkpoint.build_model(load_state(source)).eval()
+    tokens = load_split('pydocs_char', 'val', 64, None)
+    batches = [draw_batch(tokens, 4, 64, VOCAB_SIZE, derive_seed(1337, EVAL_VAL, k)) for k in (0, 1)]
     expected = sum(model(x, y)[1].item() for x, y in batches) / 2
     assert evaluations(new)[0]['val_loss'] == pytest.approx(expected, abs=1e-6)
 
 
-def test_learned_positions_can_only_be_cropped(run_train):
+def test_learned_positions_can_only_be_cropped(run_train, capsys):
     source = run_train()
-    cropped = load_state(run_train('new', init_from=str(source), block_size=16))
-    assert cropped['model_args']['block_size'] == 16
-    with pytest.raises(UserError, match='has position embeddings for block_size=32, not for 64'):
-        run_train('longer', init_from=str(source), block_size=64)
+    for block_size, found in ((16, 16), (64, 32)):
+        state = load_state(run_train(f'new{block_size}', init_from=str(source), block_size=block_size))
+        assert state['model_args']['block_size'] == state['config']['block_size'] == found
+        assert ('block_size: 32 as in the weights' in capsys.readouterr().out) == (found == 32)
 
 
-def test_a_folder_that_is_no_start(run_train, checkout):
-    source = run_train(max_iters=10)
-    with pytest.raises(UserError, match='is out_dir itself: use --init_from=resume'):
-        run_train(init_from=str(source))
-    folder = checkout / 'data/otherwise'
-    folder.mkdir(exist_ok=True)
-    write_char_dataset(folder, 'abcdefg ' * 400)
-    hint = r'\(the checkpoint was trained with --dataset=pydocs_char\)'
-    with pytest.raises(UserError, match=f'data/otherwise has a different vocabulary.*{hint}'):
-        run_train('new', init_from=str(source), dataset='otherwise')
-    with pytest.raises(UserError, match=f'no data/nowhere/val.bin.*{hint}'):
-        run_train('new', init_from=str(source), dataset='nowhere')
-    with pytest.raises(UserError, match="use_alibi=True can't go on from .*/ckpt.pt, trained without it"):
-        run_train('new', init_from=str(source), use_alibi=True)
-
-
-def test_other_data_is_refused_unless_allowed(run_train, checkout):
-    folder = checkout / 'data/changing'
-    folder.mkdir(exist_ok=True)
-    write_char_dataset(folder, 'abcdefg ' * 400)
-    run_train(dataset='changing', max_iters=10)
-    write_char_dataset(folder, 'abcdefg ' * 400 + 'gfedcba ' * 40)
-    with pytest.raises(UserError, match='data/changing has changed.*train, val.*allow_new_data'):
-        run_train(dataset='changing', init_from='resume')
-    run_train(dataset='changing', init_from='resume', allow_new_data=True)
-
-
-@pytest.mark.parametrize('change', [dict(block_size=16), dict(eval_iters=3)])
-def test_another_val_loss_starts_anew(run_train, capsys, change):
-    """Or ckpt.pt would wait for a loss that may be out of reach on other tokens. The old one is kept."""
-    options = dict(always_save_checkpoint=False, max_iters=10)
-    out_dir = run_train(**options)
+def test_other_data_starts_the_best_loss_again(run_train, checkout, capsys):
+    """Or ckpt.pt would wait for a loss that may be out of reach. Other batches leave it as it is."""
+    options = dict(dataset='changing', always_save_checkpoint=False)
+    text = 'abcdefg ' * 400
+    write_splits(checkout / 'data/changing', text, char_meta(text))
+    out_dir = run_train(**options, max_iters=10)
     state = load_state(out_dir)
-    checkpoint.save(out_dir / 'last.pt', {**state, 'best_val_loss': 0.5})
-    run_train(**options | dict(max_iters=11), init_from='resume')
-    assert 'no longer counts' not in capsys.readouterr().out and load_state(out_dir)['best_val_loss'] == 0.5
-    before = load_state(out_dir, 'ckpt.pt')
-    run_train(**options | dict(max_iters=12) | change, init_from='resume')
-    assert 'other tokens than before' in capsys.readouterr().out
-    assert load_state(out_dir)['best_val_loss'] == evaluations(out_dir)[-1]['val_loss'] > 0.5
+    state['best_val_loss'] = best = 0.001
+    checkpoint.RunFolder(out_dir, is_new=False).save(state, is_best=False)
+    run_train(**options, max_iters=11, init_from='resume', eval_iters=3)
+    assert 'has changed' not in capsys.readouterr().out and load_state(out_dir)['best_val_loss'] == best
+    write_splits(checkout / 'data/changing', text + text[::-1], char_meta(text))
+    run_train(**options, max_iters=12, init_from='resume')
+    assert 'data/changing has changed since the checkpoint' in capsys.readouterr().out
+    assert load_state(out_dir)['best_val_loss'] == evaluations(out_dir)[-1]['val_loss'] > best
     assert load_state(out_dir, 'ckpt.pt')['iter_num'] == 12
-    assert same_tensors(load_state(out_dir / 'previous', 'ckpt.pt')['model'], before['model'])
-    run_train(**options | dict(max_iters=13) | change, init_from='resume')
-    assert not (out_dir / 'previous-2').exists()
 
 
 def test_the_other_optimizer_is_refused_in_one_line(run_train):
@@ -173,64 +182,49 @@ def test_the_other_optimizer_is_refused_in_one_line(run_train):
     assert same_weights(whole, out_dir)
 
 
-def test_two_launches_of_torchrun_have_different_ids(monkeypatch):
-    """Also where it was started with --master_addr, and calls all of them 'none'."""
-    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'none')
-    ids = set()
-    for pid in (3, 3, 4):
-        monkeypatch.setattr(os, 'getppid', lambda pid=pid: pid)
-        ids.add(train.launch_id())
-    assert len(ids) == 2
+@pytest.mark.slow
+def test_two_processes_resume_to_the_bit(checkout, tmp_path):
+    whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+    torchrun(checkout, 2, 'train.py', *tiny(out_dir=whole))
+    torchrun(checkout, 2, 'train.py', *tiny(max_iters=10, out_dir=parts))
+    torchrun(checkout, 2, 'train.py', *tiny(init_from='resume', out_dir=parts))
+    assert same_weights(whole, parts)
 
 
 @pytest.mark.slow
 def test_max_restarts_with_two_kills(checkout, tmp_path):
     """One of two processes is killed twice: torchrun restarts both, to the weights of a run left alone."""
-    options = TINY | dict(max_iters=600, lr_decay_iters=600, eval_interval=20, learning_rate=1e-3)
-    torchrun(checkout, 2, 'train.py', *arguments(**options, out_dir=tmp_path / 'whole'))
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
-               '--max-restarts=3', 'train.py', *arguments(**options, out_dir=tmp_path / 'parts')]
-    process = subprocess.Popen(command, cwd=checkout, env=environment(), text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT)
-    lines, kills = [], ['step 100:', 'step 300:']
-    for line in process.stdout:
-        lines.append(line)
-        if kills and line.startswith(kills[0]):
-            kills.pop(0)
-            children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
-            os.kill(int(children[-1]), signal.SIGKILL)
-    assert process.wait(timeout=60) == 0, ''.join(lines)
-    assert ''.join(lines).count('resuming from') == 2
+    options = dict(max_iters=600, lr_decay_iters=600, eval_interval=20, learning_rate=1e-3)
+    torchrun(checkout, 2, 'train.py', *tiny(**options, out_dir=tmp_path / 'whole'))
+    options = tiny(**options, out_dir=tmp_path / 'parts')
+    process = start(checkout, *options, torchrun=[*TWO, '--max-restarts=3'])
+    for step in ('step 100:', 'step 300:'):
+        read_until(process, step)
+        os.kill(children(process)[-1], signal.SIGKILL)
+        read_until(process, 'resuming from')
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and 'resuming from' not in output, output
     assert same_weights(tmp_path / 'whole', tmp_path / 'parts')
 
 
 def test_machines_with_different_states_are_refused(run_train, checkout, tmp_path):
     """Each process has an out_dir of its own here, as on machines without a shared disk."""
-    run_train('out0', max_iters=20)
-    run_train('out1', max_iters=10)
-    config = tmp_path / 'config.py'
-    config.write_text(f"import os\nout_dir = '{tmp_path}/out' + os.environ['RANK']")
-    options = arguments(**TINY | dict(max_iters=30))
-    output = torchrun(checkout, 2, 'train.py', *options, config, '--init_from=resume', status=1)
-    assert 'the processes differ in their settings, their data or the checkpoint' in output
-    assert load_state(tmp_path / 'out0')['iter_num'] == 20 and load_state(tmp_path / 'out1')['iter_num'] == 10
-
-
-def test_rank_without_torchrun_is_one_line(checkout, tmp_path):
-    options = arguments(**TINY, out_dir=tmp_path / 'out')
-    output = run_script(checkout, 'train.py', *options, env={'RANK': '0'}, status=1)
-    assert 'error: RANK is set, but not WORLD_SIZE' in output and 'Traceback' not in output
+    run_train('out0', max_iters=10, seed=0)
+    run_train('out1', max_iters=10, seed=1)
+    (tmp_path / 'config.py').write_text(f"out_dir = '{tmp_path}/out' + os.environ['RANK']")
+    options = tiny(max_iters=30, init_from='resume')
+    output = torchrun(checkout, 2, 'train.py', *options, tmp_path / 'config.py', status=1)
+    assert output.count('error: the processes differ in their settings, their data or their checkpoint') == 2
+    assert load_state(tmp_path / 'out0')['iter_num'] == load_state(tmp_path / 'out1')['iter_num'] == 10
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
 def test_a_compiled_run_resumes_to_the_bit_on_two_threads(checkout, tmp_path, optimizer):
     """Inductor would add up the embedding's gradient in whatever order the threads come."""
-    options = TINY | dict(n_head=4, n_embd=128, block_size=64, batch_size=12, dropout=0.0, compile=True,
-                          optimizer=optimizer)
-    parts = arguments(**options, out_dir=tmp_path / 'parts')
-    threads = {'OMP_NUM_THREADS': '2'}
-    run_script(checkout, 'train.py', *arguments(**options, out_dir=tmp_path / 'whole'), env=threads)
-    run_script(checkout, 'train.py', *parts, '--max_iters=10', env=threads)
-    run_script(checkout, 'train.py', *parts, '--init_from=resume', env=threads)
+    options = tiny(n_head=4, n_embd=128, block_size=64, batch_size=12, dropout=0.0, compile=True,
+                   optimizer=optimizer)
+    for out_dir, more in (('whole', []), ('parts', ['--max_iters=10']), ('parts', ['--init_from=resume'])):
+        run_script(checkout, 'train.py', *options, f'--out_dir={tmp_path}/{out_dir}', *more,
+                   env={'OMP_NUM_THREADS': '2'})
     assert same_weights(tmp_path / 'whole', tmp_path / 'parts')

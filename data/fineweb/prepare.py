@@ -23,7 +23,6 @@ sys.path[:0] = [str(here.parent), str(here.parents[1])]
 import numpy as np
 from huggingface_hub import hf_hub_download
 from prepare_text import start_over
-from tqdm import tqdm
 
 from checkpoint import atomic_write
 from configurator import UserError
@@ -43,8 +42,8 @@ def split_local_files(patterns: list[str]) -> tuple[list[str], list[str]]:
     val = [file for file in files if 'val' in re.split('[^a-z]+', Path(file).stem.lower())]
     train = [file for file in files if file not in val]
     if not train or not val:
-        raise UserError(f"{' '.join(patterns)}: {len(train)} files for train and {len(val)} for val, named like "
-                        f"{VAL_SHARD}, but each needs at least one")
+        raise UserError(f"{' '.join(patterns)}: {len(train)} files for train and {len(val)} for val, named "
+                        f"like {VAL_SHARD}, but each needs at least one")
     return train, val
 
 
@@ -52,26 +51,23 @@ def read_shard(path: str | Path) -> np.memmap:
     """The token ids of a shard, (N,) uint16, mapped from its file. Raises UserError for an unusable file."""
     header, size = np.fromfile(path, dtype='<i4', count=256).tolist(), os.path.getsize(path)
     if header[:2] != [MAGIC, VERSION] or size != HEADER_BYTES + header[2] * TOKEN.itemsize:
-        raise UserError(f"{path} is truncated or not a shard of GPT-2 tokens: its header should begin with "
-                        f"{MAGIC}, {VERSION} and the number of tokens, but is {header[:3]}, and the file has "
-                        f"{size:,} bytes")
+        raise UserError(f"{path} is truncated or not a shard of GPT-2 tokens: {size:,} bytes with the header "
+                        f"{header[:3]}, not [{MAGIC}, {VERSION}, number of tokens]")
     return np.memmap(path, dtype=TOKEN, mode='r', offset=HEADER_BYTES)
 
 
 def append_shards(path: Path, shards: list[str], is_local: bool) -> None:
     """Write the ids of all shards to path, one shard after another.
 
-    For downloads a .json file beside path lists its size after each shard, in bytes, so that an interrupted
-    run can be resumed.
+    For downloads a .json file beside path lists its size in bytes after each shard, to resume from there.
     """
     progress = path.with_suffix('.json')
     path.touch()
-    sizes = json.loads(progress.read_text()) if progress.exists() and not is_local else []
+    sizes = json.loads(progress.read_text()) if progress.exists() else []
     sizes = [size for size in sizes[:len(shards)] if size <= path.stat().st_size]
     os.truncate(path, max(sizes, default=0))
-    left = tqdm(shards[len(sizes):], desc=path.name, unit='shard', initial=len(sizes), total=len(shards))
     with open(path, 'ab') as file:
-        for shard in left:
+        for shard in shards[len(sizes):]:
             if is_local:
                 file.write(read_shard(shard))
                 continue
@@ -79,7 +75,7 @@ def append_shards(path: Path, shards: list[str], is_local: bool) -> None:
             try:
                 file.write(read_shard(download))
             finally:
-                os.remove(download)                                 # a damaged one, too: else it were kept
+                os.remove(download)                                 # a damaged one must not stay
             file.flush()
             os.fsync(file.fileno())                                 # on the disk before its size is listed
             sizes.append(file.tell())
@@ -92,10 +88,10 @@ if __name__ == '__main__':
     parser.add_argument('--shards', type=int, default=103, metavar='N', help="the first N train shards")
     parser.add_argument('--data_files', nargs='+', metavar='FILE', help="local files, or patterns")
     arguments = parser.parse_args()
-    train, val = TRAIN_SHARDS[:arguments.shards], [VAL_SHARD]
+    train, val, new = TRAIN_SHARDS[:arguments.shards], [VAL_SHARD], here / '.preparing'
     if arguments.data_files:
         train, val = split_local_files(arguments.data_files)
-    new = here / '.preparing'
+        shutil.rmtree(new, ignore_errors=True)                      # it may hold a part of other shards
     new.mkdir(exist_ok=True)
     for name, shards in (('val', val), ('train', train)):
         append_shards(new / f'{name}.bin', shards, is_local=bool(arguments.data_files))

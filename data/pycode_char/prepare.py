@@ -21,8 +21,7 @@ def read_modules(folder: Path) -> list[str]:
     """The text of every Python file in the folder and below it that is ASCII, in a random order."""
     paths = sorted(path for path in folder.rglob('*.py') if not LEFT_OUT.intersection(path.parts))
     random.Random(1).shuffle(paths)                                 # else the val split is the last modules
-    texts = [path.read_bytes() for path in paths]
-    return [text.decode('ascii') for text in texts if text.isascii()]
+    return [text.decode() for path in paths if (text := path.read_bytes()).isascii()]
 
 
 if __name__ == '__main__':
