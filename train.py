@@ -289,7 +289,7 @@ def train():
     with runtime.processes(device, dtype, compile, backend, timeout) as machine, claim(machine) as folder:
         # model, data, optimizer
         meta = load_meta(dataset)
-        load_split(dataset, 'train', 1, meta)                       # is it there? Before a download of weights
+        load_split(dataset, 'train', 1, meta)                       # not there? Before weights are loaded
         raw_model, saved = load_start(meta, machine)
         check_model(raw_model.config, machine)
         T = raw_model.config.block_size

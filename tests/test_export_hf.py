@@ -1,6 +1,7 @@
 """Exported folders, opened with transformers as a user does, against the models they come from."""
-import dataclasses
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -8,155 +9,142 @@ from conftest import error_line, run_script
 from test_checkpoint import make_state
 from test_model import all_logits, random_ids, small
 
-import checkpoint
 import export_hf
-import rundir
-from model import GPT, GPTConfig
-from runtime import UserError
+from checkpoint import RunFolder
+from configurator import UserError
+from model import GPT
 
-META = {'vocab_size': 23, 'stoi': {char: i for i, char in enumerate('\n abcdefghijklmnopqrst“')},
-        'itos': dict(enumerate('\n abcdefghijklmnopqrst“'))}
-
-
-def export(checkout, tmp_path, model, meta=META, status=0, env=None, **more):
-    rundir.save(tmp_path / 'out', make_state(model, meta=meta, config={'dataset': 'letters'}), is_best=True)
-    return run_script(checkout, 'export_hf.py', f'--out_dir={tmp_path}/out', f'--hf_dir={tmp_path}/hf',
-                      status=status, env=env)
+CHARS = '\n abcdefghijklmnopqrst“'
+META = {'vocab_size': 23, 'stoi': {char: i for i, char in enumerate(CHARS)}, 'itos': dict(enumerate(CHARS))}
 
 
-@pytest.fixture(autouse=True)
-def out_folder(tmp_path):
-    (tmp_path / 'out').mkdir()
+@pytest.fixture
+def export(tmp_path, monkeypatch):
+    """A function: export a model to hf or another path, and return that."""
+    def run(model, meta=META, hf='hf'):
+        with RunFolder(tmp_path / 'out', is_new=False) as folder:
+            folder.save(make_state(model, meta=meta, config={'dataset': 'letters'}), is_best=True)
+        monkeypatch.setattr(export_hf, 'out_dir', str(tmp_path / 'out'))
+        monkeypatch.setattr(export_hf, 'hf_dir', str(tmp_path / hf))
+        export_hf.export()
+        return tmp_path / hf
+    return run
 
 
-CASES = [dict(bias=False), dict(bias=True), dict(bias=True, gelu='tanh'), dict(bias=False, use_alibi=True)]
-
-
-@pytest.mark.parametrize('options', CASES)
-def test_logits_and_greedy_text_are_the_same(checkout, tmp_path, options):
+@pytest.mark.parametrize('options', [dict(bias=False), dict(bias=True), dict(bias=True, gelu='tanh'),
+                                     dict(bias=False, use_alibi=True)])
+def test_logits_and_greedy_text_are_the_same(export, options):
     """Through AutoModel and the text-generation pipeline; with ALiBi up to three times the trained length."""
     from transformers import AutoModelForCausalLM, pipeline
     model = small(**options, std=0.1)
-    export(checkout, tmp_path, model)
-    peer = AutoModelForCausalLM.from_pretrained(tmp_path / 'hf').eval()
-    assert type(peer).__name__ == ('MptForCausalLM' if model.config.use_alibi else 'GPT2LMHeadModel')
-    assert (tmp_path / 'hf/model.safetensors').exists()
-    for T in (1, 16, 48) if model.config.use_alibi else (1, 16):
+    hf, has_wpe = export(model), model.config.has_wpe
+    peer = AutoModelForCausalLM.from_pretrained(hf).eval()
+    assert type(peer).__name__ == ('GPT2LMHeadModel' if has_wpe else 'MptForCausalLM')
+    for T in (1, 16) if has_wpe else (1, 16, 48):
         idx = random_ids(2, T)
         torch.testing.assert_close(all_logits(model, idx), peer(idx).logits, rtol=0, atol=1e-5)
+    if has_wpe and options['bias']:
+        again = GPT.from_pretrained(hf)
+        assert again.config == model.config
+        torch.testing.assert_close(all_logits(again, idx), all_logits(model, idx), rtol=0, atol=1e-6)
 
-    n = 60 if model.config.use_alibi else 10
-    prompt = 'cab\n “'
-    idx = torch.tensor([[META['stoi'][char] for char in prompt]])
-    ours = model.generate(idx, n, temperature=0)[0].tolist()
-    write = pipeline('text-generation', str(tmp_path / 'hf'))
-    theirs = write(prompt, max_new_tokens=n, do_sample=False)[0]['generated_text']
-    assert theirs == ''.join(META['itos'][i] for i in ours) and len(theirs) == n + len(prompt)
-
-
-@pytest.mark.parametrize('options', [dict(bias=False), dict(bias=True, gelu='tanh')])
-def test_an_exported_gpt2_reads_back_as_the_same_model(checkout, tmp_path, options):
-    model, idx = small(**options, std=0.1), random_ids(2, 16)
-    export(checkout, tmp_path, model)
-    config = json.loads((tmp_path / 'hf/config.json').read_text())
-    assert config['n_ctx'] == 16                                    # llama.cpp's converter reads it
-    again = GPT.from_pretrained(tmp_path / 'hf')
-    assert again.config.gelu == model.config.gelu
-    torch.testing.assert_close(all_logits(again, idx), all_logits(model, idx), rtol=0, atol=1e-6)
-    assert checkpoint.pretrained_meta(tmp_path / 'hf', model) == META
-    output = run_script(checkout, 'sample.py', f'--init_from={tmp_path}/hf', '--start=abc', '--num_samples=1',
-                        '--max_new_tokens=5')
-    assert '\nabc' in output
-    (tmp_path / 'hf/tokenizer.json').unlink()
-    with pytest.raises(UserError, match="token ids, which are not GPT-2's"):
-        checkpoint.pretrained_meta(tmp_path / 'hf', model)
+    n, prompt = 10 if has_wpe else 60, 'cab\n “'
+    ours = model.generate(torch.tensor([[META['stoi'][char] for char in prompt]]), n, temperature=0)
+    theirs = pipeline('text-generation', str(hf))(prompt, max_new_tokens=n, do_sample=False)
+    assert theirs[0]['generated_text'] == ''.join(META['itos'][i] for i in ours[0].tolist())
 
 
-def test_what_other_engines_read(checkout, tmp_path):
-    """llama.cpp's converter: the architecture in its spelling, sizes, ALiBi. transformers 4: a tokenizer."""
-    export(checkout, tmp_path, small(bias=False, use_alibi=True))
-    config = json.loads((tmp_path / 'hf/config.json').read_text())
-    assert config['architectures'] == ['MPTForCausalLM'] and config['model_type'] == 'mpt'
-    sizes = dict(max_seq_len=65536, d_model=24, n_layers=2, n_heads=3, vocab_size=23)
-    assert config.items() >= sizes.items()
+def test_what_the_folder_says(export):
+    """To llama.cpp's converter (MPT in its spelling, sizes, n_ctx), transformers 4, and people."""
+    hf = export(small(bias=False, use_alibi=True))
+    config = json.loads((hf / 'config.json').read_text())
+    sizes = dict(max_seq_len=65536, d_model=24, n_layers=2, n_heads=3, vocab_size=23, model_type='mpt')
+    assert config.items() >= dict(sizes, architectures=['MPTForCausalLM']).items()
     assert config['attn_config'].items() >= dict(alibi=True, alibi_bias_max=8, clip_qkv=None).items()
-    tokenizer = json.loads((tmp_path / 'hf/tokenizer_config.json').read_text())
-    assert tokenizer['tokenizer_class'] == 'PreTrainedTokenizerFast'
+    assert '"PreTrainedTokenizerFast"' in (hf / 'tokenizer_config.json').read_text()
+    card = (hf / 'README.md').read_text().replace('\n', ' ')
+    for words in ('ALiBi', '1.5000 nats', '`letters`', '7 iterations', '| n_layer | 2 |', 'prefix_token_id=0'):
+        assert words in card
+    assert len({file.stat().st_mode for file in hf.iterdir()}) == 1  # safetensors' own is 600
+    assert json.loads((export(small()) / 'config.json').read_text())['n_ctx'] == 16
 
 
-def test_char_tokenizer(checkout, tmp_path):
+def test_char_tokenizer(export):
     from transformers import AutoTokenizer
-    export(checkout, tmp_path, small())
-    tok = AutoTokenizer.from_pretrained(tmp_path / 'hf')
-    text = '  a b\n\n“cab”'.replace('”', '“') + ' '
+    tok, text = AutoTokenizer.from_pretrained(export(small())), '  a b\n\n“cab“ \n'
     ids = tok(text)['input_ids']
-    assert ids == [META['stoi'][char] for char in text] and tok.decode(ids) == text
+    assert ids == [META['stoi'][char] for char in text] and tok.decode(ids, skip_special_tokens=True) == text
     with pytest.raises(Exception, match='UNK'):  # an unknown character is an error, not another character
         tok('Z')
+    for stoi in ({}, {'a': 0, 'ab': 1}, {b'a': 0}):
+        with pytest.raises(UserError, match="only characters and GPT-2's tokens"):
+            export_hf.make_tokenizer({'vocab_size': 2, 'stoi': stoi})
 
 
-def test_bpe_tokenizer(checkout, tmp_path, bpe_files, monkeypatch):
+def test_bpe_tokenizer(export, bpe_files, tmp_path, monkeypatch):
     import tiktoken
     from transformers import AutoTokenizer
+    monkeypatch.setattr(tiktoken.registry, 'ENCODINGS', {})
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path / 'nothing'))
+    monkeypatch.setattr('requests.get', lambda *args: 1 / 0)  # no network
+    with pytest.raises(UserError, match="GPT-2's vocabulary"):
+        export(small(vocab_size=50304), meta=None)
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', bpe_files['TIKTOKEN_CACHE_DIR'])
-    model = small(vocab_size=50304)
-    export(checkout, tmp_path, model, meta=None, env=bpe_files)
-    tok = AutoTokenizer.from_pretrained(tmp_path / 'hf')
-    for text in ('Hello world', 'naïve “x” 🙂  \n\n 123 don\'t   stop', '<|endoftext|>Who?', ' '):
+    hf = export(small(vocab_size=50304), meta=None)
+    tok = AutoTokenizer.from_pretrained(hf)
+    for text in ('Hello world', 'naïve “x” 🙂  \n\n 123 don\'t   stop', '<|endoftext|>Who?', ' ', 'a , b .'):
         ids = tiktoken.get_encoding('gpt2').encode(text, allowed_special='all')
         assert tok(text)['input_ids'] == ids and tok.decode(ids) == text
-    assert tok.eos_token_id == 50256
-    assert json.loads((tmp_path / 'hf/config.json').read_text())['eos_token_id'] == 50256
+    assert tok.eos_token_id == json.loads((hf / 'config.json').read_text())['eos_token_id'] == 50256
 
 
-def test_the_model_card(checkout, tmp_path):
-    export(checkout, tmp_path, small(bias=False, use_alibi=True))
-    card = (tmp_path / 'hf/README.md').read_text()
-    assert 'ALiBi' in card and '1.5000 nats' in card and '`letters`' in card and '| n_layer | 2 |' in card
-    assert '7 iterations' in card.replace('\n', ' ')
+@pytest.mark.parametrize('options', [dict(use_alibi=True, bias=True), dict(use_rope=True, bias=False)])
+def test_what_transformers_has_no_equal_of_is_refused(export, tmp_path, options):
+    with pytest.raises(UserError, match=f"neither GPT-2 nor MPT has {list(options)[0]} with bias"):
+        export(small(**options))
+    assert os.listdir(tmp_path) == ['out']
 
 
-@pytest.mark.parametrize('options, words', [
-    (dict(use_alibi=True, bias=True), ['ALiBi', 'bias=False']),
-    (dict(use_alibi=True, bias=False, alibi_scale=2.0), ['ALiBi', 'alibi_scale=1']),
-    (dict(use_rope=True), ['rotary'])])
-def test_what_transformers_has_no_equal_of_is_refused(checkout, tmp_path, options, words):
-    line = error_line(export(checkout, tmp_path, small(**options), status=1))
-    assert all(word in line for word in words)
-    assert not list(tmp_path.glob('hf*'))
-
-
-def test_a_model_that_computes_something_else_is_refused():
-    """As when model.py has got a new idea that no switch tells of."""
+def test_every_switch_of_the_model_is_exported_or_refused(monkeypatch):
+    """A new one is refused; without one, as where model.py has a new idea, the logits tell."""
     model = small(bias=False, use_alibi=True)
-    peer = export_hf.to_mpt(model, None)
-    export_hf.check_equal(model, peer)
-    model.transformer.h[0].mlp.register_forward_hook(lambda module, args, output: 1.1 * output)
-    with pytest.raises(UserError, match='MptForCausalLM computes different logits from this model, off by'):
-        export_hf.check_equal(model, peer)
+    export_hf.convert(model, None)
+    hook = model.transformer.h[0].mlp.register_forward_hook(lambda module, args, output: 1.1 * output)
+    with pytest.raises(AssertionError, match='MptForCausalLM computes different logits, off by'):
+        export_hf.convert(model, None)
+    hook.remove()
+    monkeypatch.setattr(export_hf.checkpoint, 'model_args', lambda config: {'use_alibi': True, 'new': 1})
+    with pytest.raises(UserError, match='neither GPT-2 nor MPT has .*new'):
+        export_hf.convert(model, None)
 
 
-def test_every_switch_of_the_model_is_exported_or_refused():
-    """A new one is refused until export_hf.py knows it."""
-    names = {field.name for field in dataclasses.fields(GPTConfig)}
-    assert names - export_hf.EXPORTED == {'use_rope'}
+def test_only_an_export_is_replaced(export, checkout, tmp_path):
+    def refused(name):
+        with pytest.raises(UserError, match=f'{name} exists and is not an export, or not only one'):
+            export(small(), hf=name)
+        return True
+
+    hf = export(small())
+    export(small(seed=1))
+    os.mkfifo(tmp_path / 'pipe')
+    (tmp_path / 'link').symlink_to(hf)
+    (tmp_path / 'nowhere').symlink_to('missing')
+    (tmp_path / 'other').mkdir()
+    (tmp_path / 'other/config.json').write_text('{}')  # somebody else's model
+    (hf / 'thesis.txt').write_text('years of work')
+    assert all(refused(name) for name in ('pipe', 'link', 'nowhere', 'other', 'other/config.json', 'hf'))
+    assert (hf / 'thesis.txt').read_text() == 'years of work'
+    assert sorted(os.listdir(tmp_path)) == ['hf', 'link', 'nowhere', 'other', 'out', 'pipe']
+    run_script(tmp_path / 'out', checkout / 'export_hf.py', '.')  # to ../hf-out
+    assert (tmp_path / 'hf-out/model.safetensors').exists()
+    line = error_line(run_script(checkout, 'export_hf.py', f'--out_dir={tmp_path}/out',
+                                 f'--hf_dir={tmp_path}/pipe', status=1))
+    assert 'pipe exists' in line
 
 
-def test_other_folders_are_left_alone(checkout, tmp_path):
-    (tmp_path / 'hf').mkdir()
-    (tmp_path / 'hf/thesis.txt').write_text('years of work')
-    (tmp_path / 'hf/config.json').write_text('{}')
-    assert 'is not an export' in error_line(export(checkout, tmp_path, small(), status=1))
-    assert (tmp_path / 'hf/thesis.txt').read_text() == 'years of work'
-    (tmp_path / 'hf/thesis.txt').unlink()
-    assert 'is not an export' in error_line(export(checkout, tmp_path, small(), status=1))
-    assert (tmp_path / 'hf/config.json').read_text() == '{}'  # somebody else's model
-    (tmp_path / 'hf/config.json').unlink()
-    export(checkout, tmp_path, small())  # an empty folder
-    (tmp_path / 'hf/notes.txt').write_text('mine')
-    assert 'or not only one' in error_line(export(checkout, tmp_path, small(), status=1))
-    (tmp_path / 'hf/notes.txt').unlink()
-    export(checkout, tmp_path, small(seed=1))  # an export is replaced
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['hf', 'out']
-    run_script(tmp_path / 'out', checkout / 'export_hf.py', '--out_dir=.')  # to ../hf-out
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['hf', 'hf-out', 'out']
+def test_ctrl_c_leaves_nothing_behind(export, tmp_path, monkeypatch):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as configure() does
+    monkeypatch.setattr(export_hf, 'model_card', lambda *args: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        export(small())
+    assert os.listdir(tmp_path) == ['out']
