@@ -3,11 +3,11 @@ import pytest
 from conftest import REPO
 
 CEILINGS = {
-    'model.py': 420, 'optimizer.py': 100, 'train.py': 400, 'configurator.py': 110, 'checkpoint.py': 210,
-    'dataset.py': 150, 'runtime.py': 185, 'sample.py': 95, 'sample_alibi_extrapolation.py': 300,
+    'model.py': 410, 'optimizer.py': 100, 'train.py': 415, 'configurator.py': 110, 'checkpoint.py': 220,
+    'dataset.py': 145, 'runtime.py': 185, 'sample.py': 100, 'sample_alibi_extrapolation.py': 300,
     'bench.py': 230, 'export_hf.py': 140, 'plot.py': 50,
 }
-FOLDERS = {'.': 2300, 'data': 400, 'benchmarks': 350, 'tests': 4500}
+FOLDERS = {'.': 2400, 'data': 400, 'benchmarks': 350, 'tests': 4740}
 
 
 def count_lines(paths):

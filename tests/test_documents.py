@@ -37,6 +37,7 @@ SMALL = {
     'sample.py': ['--max_new_tokens=5', '--num_samples=1', '--device=cpu'],
     'bench.py': [*SMALL_MODEL, '--blocks=1', '--steps=1', '--max_new_tokens=2', '--compile=False'],
     'export_hf.py': [],
+    'plot.py': [],
     'data/pycode_char/prepare.py': [],
     'data/prepare_text.py': [],
     'sample_alibi_extrapolation.py': ['--sliding_targets=20', '--device=cpu'],

@@ -12,7 +12,6 @@ from test_model import all_logits, random_ids, small
 import export_hf
 from checkpoint import RunFolder
 from configurator import UserError
-from model import GPT
 
 CHARS = '\n abcdefghijklmnopqrst“'
 META = {'vocab_size': 23, 'stoi': {char: i for i, char in enumerate(CHARS)}, 'itos': dict(enumerate(CHARS))}
@@ -43,11 +42,6 @@ def test_logits_and_greedy_text_are_the_same(export, options):
     for T in (1, 16) if has_wpe else (1, 16, 48):
         idx = random_ids(2, T)
         torch.testing.assert_close(all_logits(model, idx), peer(idx).logits, rtol=0, atol=1e-5)
-    if has_wpe and options['bias']:
-        again = GPT.from_pretrained(hf)
-        assert again.config == model.config
-        torch.testing.assert_close(all_logits(again, idx), all_logits(model, idx), rtol=0, atol=1e-6)
-
     n, prompt = 10 if has_wpe else 60, 'cab\n “'
     ours = model.generate(torch.tensor([[META['stoi'][char] for char in prompt]]), n, temperature=0)
     theirs = pipeline('text-generation', str(hf))(prompt, max_new_tokens=n, do_sample=False)
@@ -62,8 +56,8 @@ def test_what_the_folder_says(export):
     assert config.items() >= dict(sizes, architectures=['MPTForCausalLM']).items()
     assert config['attn_config'].items() >= dict(alibi=True, alibi_bias_max=8, clip_qkv=None).items()
     assert '"PreTrainedTokenizerFast"' in (hf / 'tokenizer_config.json').read_text()
-    card = (hf / 'README.md').read_text().replace('\n', ' ')
-    for words in ('ALiBi', '1.5000 nats', '`letters`', '7 iterations', '| n_layer | 2 |', 'prefix_token_id=0'):
+    card = (hf / 'README.md').read_text()
+    for words in ('ALiBi', '1.5000 nats', '`letters`', '\n7 iterations', '| n_layer | 2 |', 'lm_eval'):
         assert words in card
     assert len({file.stat().st_mode for file in hf.iterdir()}) == 1  # safetensors' own is 600
     assert json.loads((export(small()) / 'config.json').read_text())['n_ctx'] == 16
@@ -84,6 +78,11 @@ def test_char_tokenizer(export):
 def test_bpe_tokenizer(export, bpe_files, monkeypatch):
     import tiktoken
     from transformers import AutoTokenizer
+    monkeypatch.setattr(tiktoken.registry, 'ENCODINGS', {})
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', bpe_files['TIKTOKEN_CACHE_DIR'] + '-missing')
+    monkeypatch.setattr('requests.get', lambda *args: 1 / 0)  # offline
+    with pytest.raises(UserError, match="GPT-2's vocabulary could not be loaded"):
+        export(small(vocab_size=50304), meta=None)
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', bpe_files['TIKTOKEN_CACHE_DIR'])
     hf = export(small(vocab_size=50304), meta=None)
     tok = AutoTokenizer.from_pretrained(hf)
@@ -99,33 +98,30 @@ def test_every_switch_of_the_model_is_exported_or_refused(monkeypatch):
         with pytest.raises(UserError, match=f"neither GPT-2 nor MPT has {list(options)[0]} with bias"):
             export_hf.convert(small(**options), None)
     model = small(bias=False, use_alibi=True)
-    hook = model.transformer.h[0].mlp.register_forward_hook(lambda module, args, output: 1.1 * output)
+    model.transformer.h[0].mlp.register_forward_hook(lambda module, args, output: 1.1 * output)
     with pytest.raises(AssertionError, match='MptForCausalLM computes different logits, off by'):
         export_hf.convert(model, None)
-    hook.remove()
-    export_hf.convert(model, None)
     monkeypatch.setattr(export_hf.checkpoint, 'model_args', lambda config: {'use_alibi': True, 'new': 1})
     with pytest.raises(UserError, match='neither GPT-2 nor MPT has .*new'):
         export_hf.convert(model, None)
 
 
 def test_only_an_export_is_replaced(export, checkout, tmp_path):
-    hf = export(small())
+    export(small())
     export(small(seed=1))
+    run_script(tmp_path / 'out', checkout / 'export_hf.py', '.')  # to ../hf-out
+    (tmp_path / 'hf-out/thesis.txt').write_text('years of work')
     os.mkfifo(tmp_path / 'pipe')
-    (tmp_path / 'link').symlink_to(hf)
+    (tmp_path / 'link').symlink_to('hf')
     (tmp_path / 'nowhere').symlink_to('missing')
     (tmp_path / 'other').mkdir()
     (tmp_path / 'other/config.json').write_text('{}')  # somebody else's model
-    (hf / 'thesis.txt').write_text('years of work')
     before = sorted(tmp_path.rglob('*'))
-    for name in ('pipe', 'link', 'nowhere', 'other', 'other/config.json', 'hf'):
+    for name in ('pipe', 'link', 'nowhere', 'other', 'other/config.json', 'hf-out'):
         options = f'--out_dir={tmp_path}/out', f'--hf_dir={tmp_path}/{name}'
         line = error_line(run_script(checkout, 'export_hf.py', *options, status=1))
         assert f'{name} exists and is not an export, or not only one' in line
     assert sorted(tmp_path.rglob('*')) == before
-    run_script(tmp_path / 'out', checkout / 'export_hf.py', '.')  # to ../hf-out
-    assert (tmp_path / 'hf-out/model.safetensors').exists()
 
 
 def test_ctrl_c_leaves_nothing_behind(export, tmp_path, monkeypatch):
