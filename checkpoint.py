@@ -58,6 +58,7 @@ def link(source: Path, target: Path) -> None:
     except OSError:
         shutil.copyfile(source, temporary)
     os.replace(temporary, target)
+    temporary.unlink(missing_ok=True)                               # it stays where both were the same file
 
 
 # ---- writing ------------------------------------------------------------------------------------------
@@ -90,12 +91,16 @@ class RunFolder:
         patterns = ('*.pt', 'metrics.jsonl', 'loss.png') if is_new else ()
         files = [file for pattern in patterns for file in self.path.glob(pattern)]
         if files:
-            names = (f'previous-{n}' if n > 1 else 'previous' for n in count(1))
-            previous = next(self.path / name for name in names if not os.path.lexists(self.path / name))
+            previous = self.unused('previous')
             previous.mkdir()
             for file in files:
                 file.rename(previous / file.name)
             print(f"moved the earlier run in {self.path} to {previous}")
+
+    def unused(self, name: str, suffix: str = '') -> Path:
+        """The first of name, name-2, name-3, ... that is not in the folder."""
+        paths = (self.path / (name + (f'-{n}' if n > 1 else '') + suffix) for n in count(1))
+        return next(path for path in paths if not os.path.lexists(path))
 
     def lock_identity(self) -> tuple[int, int] | None:
         """Which file the lock is: it tells whether the folder is still the one that was claimed."""
@@ -122,19 +127,22 @@ class RunFolder:
 
     def log(self, record: dict) -> None:
         """Add a record with `iter` to metrics.jsonl."""
+        if self.lock_identity() != self.identity:
+            self.claim(is_new=True)
         with open(self.path / 'metrics.jsonl', 'a') as file:
             file.write(json.dumps(record) + '\n')
 
     def resume(self, iter_num: int, evaluates: bool, path: Path | None) -> None:
         """Drop the records that a run resumed at iter_num logs again; evaluates: its evaluation there, too.
 
-        Where it resumes from a path other than last.pt (nanoGPT's, or an older state), last.pt and ckpt.pt
-        are kept as last-before.pt and ckpt-before.pt.
+        Where it resumes from a path other than last.pt (nanoGPT's, or an older state), that becomes last.pt;
+        the earlier last.pt and ckpt.pt are kept as last-before.pt and ckpt-before.pt (or -before-2.pt, ...).
         """
         if path and path.name != 'last.pt':
             for name in ('last', 'ckpt'):
                 if (self.path / f'{name}.pt').exists():
-                    link(self.path / f'{name}.pt', self.path / f'{name}-before.pt')
+                    link(self.path / f'{name}.pt', self.unused(f'{name}-before', '.pt'))
+            link(path, self.path / 'last.pt')                       # to resume from, even before a save
         kept = [record for record in read_metrics(self.path) if record['iter'] < iter_num
                 or record['iter'] == iter_num and 'val_loss' in record and not evaluates]
         with atomic_write(self.path / 'metrics.jsonl', 'x') as file:

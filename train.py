@@ -114,7 +114,11 @@ def load_start(meta, machine):
         torch.manual_seed(derive_seed(seed, runtime.INIT))
         sizes = {name: globals()[name] for name in MODEL_SETTINGS}
         vocab_size = meta['vocab_size'] if meta else 50304          # GPT-2's 50257, padded for speed
-        return GPT(GPTConfig(vocab_size=vocab_size, dropout=dropout, **sizes)), {}
+        try:
+            config = GPTConfig(vocab_size=vocab_size, dropout=dropout, **sizes)
+        except ValueError as error:                                 # sizes that do not fit together
+            raise UserError(error) from None
+        return GPT(config), {}
     saved = {}
     if init_from in checkpoint.GPT2_NAMES or (Path(init_from) / 'config.json').exists():
         model = checkpoint.pretrained(init_from, dropout)

@@ -3,7 +3,7 @@ import pytest
 from conftest import REPO
 
 CEILINGS = {
-    'model.py': 410, 'optimizer.py': 100, 'train.py': 415, 'configurator.py': 110, 'checkpoint.py': 220,
+    'model.py': 410, 'optimizer.py': 100, 'train.py': 420, 'configurator.py': 110, 'checkpoint.py': 230,
     'dataset.py': 145, 'runtime.py': 185, 'sample.py': 100, 'sample_alibi_extrapolation.py': 300,
     'bench.py': 230, 'export_hf.py': 140, 'plot.py': 50,
 }

@@ -214,7 +214,10 @@ def test_resume(tmp_path):
         assert read_metrics(tmp_path) == records
         folder.resume(10, evaluates=False, path=tmp_path / 'last.pt')
         assert read_metrics(tmp_path) == records[:2] and not (tmp_path / 'last-before.pt').exists()
-        folder.resume(10, evaluates=True, path=tmp_path / 'iter-000010.pt')
+        (tmp_path / 'iter-000010.pt').write_text('older')
+        for _ in range(2):
+            folder.resume(10, evaluates=True, path=tmp_path / 'iter-000010.pt')
     assert read_files(tmp_path) == {
-        'metrics.jsonl': '{"iter": 9, "loss": 2.5}\n', 'last.pt': 'last', 'ckpt.pt': 'ckpt',
-        'last-before.pt': 'last', 'ckpt-before.pt': 'ckpt'}
+        'metrics.jsonl': '{"iter": 9, "loss": 2.5}\n', 'last.pt': 'older', 'ckpt.pt': 'ckpt',
+        'iter-000010.pt': 'older', 'last-before.pt': 'last', 'last-before-2.pt': 'older',
+        'ckpt-before.pt': 'ckpt', 'ckpt-before-2.pt': 'ckpt'}

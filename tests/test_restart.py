@@ -1,6 +1,7 @@
 """A run that is killed, restarted, taken back, moved, or continued elsewhere loses nothing."""
 import os
 import signal
+from unittest.mock import Mock
 
 import pytest
 from conftest import (
@@ -77,7 +78,7 @@ def test_save_interval(run_train, monkeypatch):
     assert same_weights(whole, parts)
 
 
-def test_going_back_to_a_kept_state(run_train):
+def test_going_back_to_a_kept_state(run_train, monkeypatch):
     """From iter-000015.pt the run takes the same way again, in its folder or in another."""
     out_dir = run_train(keep_checkpoints=2, eval_interval=5, always_save_checkpoint=False)
     assert sorted(path.name for path in out_dir.glob('iter-*')) == ['iter-000015.pt', 'iter-000020.pt']
@@ -85,7 +86,11 @@ def test_going_back_to_a_kept_state(run_train):
     branch = run_train('branch', init_from=str(out_dir / 'iter-000015.pt'), eval_interval=5, block_size=16)
     assert same_tensors(first, weights(branch)) and [i for i, _, _ in losses(branch)] == [15, *range(15, 21)]
     assert not list(out_dir.glob('*-before.pt'))
-    run_train(init_from=str(out_dir / 'iter-000015.pt'), eval_interval=5, max_iters=17)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, 'evaluate', Mock(side_effect=KeyboardInterrupt))
+        run_train(init_from=str(out_dir / 'iter-000015.pt'), eval_interval=5, max_iters=17)
+    assert load_state(out_dir)['iter_num'] == 15                    # a resume goes on from there
+    run_train(init_from='resume', eval_interval=5, max_iters=17)
     assert load_state(out_dir)['iter_num'] == 17
     for name in ('last-before.pt', 'ckpt-before.pt'):
         assert same_tensors(first, load_state(out_dir, name)['model'])
@@ -97,8 +102,7 @@ def test_going_back_to_a_kept_state(run_train):
 def test_a_folder_that_was_moved_is_made_again(run_train, monkeypatch, tmp_path):
     """At iteration 5, as by a user who tidies up."""
     at_batch(monkeypatch, 4 + 2 * 5, lambda: (tmp_path / 'out').rename(tmp_path / 'moved'))
-    with pytest.warns(UserWarning, match='not logged: FileNotFoundError'):
-        out_dir = run_train()
+    out_dir = run_train()
     assert load_state(out_dir)['iter_num'] == load_state(out_dir, 'ckpt.pt')['iter_num'] == 20
     assert [i for i, _, _ in losses(tmp_path / 'moved')] == [0, 0, 1, 2, 3]
 
