@@ -7,7 +7,7 @@ CEILINGS = {
     'dataset.py': 145, 'runtime.py': 185, 'sample.py': 100, 'sample_alibi_extrapolation.py': 300,
     'bench.py': 230, 'export_hf.py': 140, 'plot.py': 50,
 }
-FOLDERS = {'.': 2400, 'data': 400, 'benchmarks': 350, 'tests': 4740}
+FOLDERS = {'.': 2410, 'data': 400, 'benchmarks': 350, 'tests': 4740}
 
 
 def count_lines(paths):
