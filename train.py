@@ -121,6 +121,8 @@ def load_start(meta, machine):
         return GPT(config), {}
     saved = {}
     if init_from in checkpoint.GPT2_NAMES or (Path(init_from) / 'config.json').exists():
+        if meta and 'itos' in meta:
+            raise UserError(f"data/{dataset} has a vocabulary of its own, and {init_from} has GPT-2's tokens")
         model = checkpoint.pretrained(init_from, dropout)
     else:
         path = checkpoint.find(init_from, 'ckpt.pt', 'last.pt')
