@@ -3,15 +3,13 @@
     python bench.py                                    GPT-2 (124M) on a GPU, a small character model on a CPU
     python bench.py config/train_gpt2_alibi.py --batch_size=4 --real_data=True --profile=True
 
-A step is train.py's accumulate() and update() on one micro-batch; the plain step is nanoGPT's: eager, windows
-stacked one by one, all logits, AdamW as it comes. The kinds take turns, block by block, so that a slow moment
-slows all: trust the ratios. Times are medians, with the middle half in brackets; generation's include the
-prefill. A kind that runs out of memory is left out.
+A step is train.py's accumulate() and update() on one micro-batch. The kinds take turns, block by block, so
+that a slow moment slows all: trust the ratios. Times are medians, with the middle half in brackets;
+generation's include the prefill.
 """
 import time
 from collections import namedtuple
 from dataclasses import replace
-from functools import partial
 
 # ---------------------------------------------------------------------------------------------------------
 # settings: of the sizes, 0 is GPT-2's (124M), or on a CPU, if all are 0, train_shakespeare_char_cpu.py's
@@ -23,8 +21,8 @@ batch_size = 0                 # sequences in a micro-batch
 vocab_size = 0                 # 0: the data set's, 65 for characters without one, else GPT-2's 50304
 dropout = 0.0                  # of the model
 bias = False                   # in LayerNorm and Linear layers
-use_alibi = False              # in the model that is profiled and that generates
-use_rope = False               # the same
+use_alibi = False              # in the model that is profiled and that generates; the steps compare
+use_rope = False               # the kinds of positions
 dataset = ''                   # a folder of data/; '': openwebtext, or with the small sizes shakespeare_char
 real_data = False              # its train.bin, or random tokens
 blocks = 12                    # that the kinds of step take turns in; 0: no training
@@ -34,43 +32,37 @@ profile = False                # print where the time goes, and write bench-trac
 device = 'auto'                # cpu, cuda, cuda:1, mps
 dtype = 'auto'                 # float32, bfloat16 or float16
 compile = 'auto'               # torch.compile the model: True or False
-checkpoint_activations = False  # as in train.py, in all steps but the plain one
+checkpoint_activations = False  # as in train.py
 # ---------------------------------------------------------------------------------------------------------
 from configurator import configure, run_file
 
-setting_names = configure(globals(), skip_unknown=True)
+configure(globals(), skip_unknown=True)
 
 import numpy as np
 import torch
 
 import runtime
 import train
-from checkpoint import NANOGPT_ARGS
 from dataset import draw_batch, load_meta, load_split
 from model import GPT, GPTConfig
 from optimizer import configure_muon
 
 SMALL = 'config/train_shakespeare_char_cpu.py'
 SIZES = ('n_layer', 'n_head', 'n_embd', 'block_size', 'batch_size')
-SWITCHES = {n: globals()[n] for n in vars(GPTConfig()) if n in setting_names and n not in NANOGPT_ARGS}
-Job = namedtuple('Job', 'machine config batch_size data')  # what is measured; the config's SWITCHES are off
+Job = namedtuple('Job', 'machine config batch_size data')  # what is measured
 
 
 def alternate(kinds, blocks, steps, device=torch.device('cpu')):
     """Run the kinds' step(k) `steps` times each, block by block in turn: seconds per step, a list by name."""
     times = {name: [] for name in kinds}
     for block in range(blocks):
-        for name in list(times):
+        for name, step in kinds.items():
             start = time.perf_counter()
-            try:
-                for k in range(block * steps, (block + 1) * steps):
-                    kinds[name](k)
-                if device.type != 'cpu':
-                    torch.accelerator.synchronize()
-                times[name].append((time.perf_counter() - start) / steps)
-            except (torch.OutOfMemoryError, MemoryError):
-                print(f"{name}: out of memory")
-                del times[name]
+            for k in range(block * steps, (block + 1) * steps):
+                step(k)
+            if device.type != 'cpu':
+                torch.accelerator.synchronize()
+            times[name].append((time.perf_counter() - start) / steps)
     return times
 
 
@@ -80,33 +72,27 @@ def spread(values, digits):
     return f"{median:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
 
-def ratio(times, name, base):
-    """The spread, over the blocks, of name's time divided by base's."""
-    return spread([a / b for a, b in zip(times[name], times[base])], 3)
-
-
 def print_table(title, times, tokens):
     """Print a row for each kind, with its time against the first one's. times: seconds for so many tokens."""
-    base = next(iter(times), '')
+    base = next(iter(times))
     print(f"\n{title:24}{'ms':>23}{'tokens/s':>11}  / {base}")
     for name, seconds in times.items():
         median = np.median(seconds)
         ms = spread([1000 * s for s in seconds], 2 if median < 1 else 0)
-        print(f"{name:24}{ms:>23}{tokens / median:>11,.0f}  {ratio(times, name, base)}")
+        ratio = spread([a / b for a, b in zip(seconds, times[base])], 3)  # of neighbouring blocks
+        print(f"{name:24}{ms:>23}{tokens / median:>11,.0f}  {ratio}")
 
 
-def make_step(job, plain=False, muon=False, checkpoint_activations=False, **switches):
-    """The model, and a function that makes update k and returns the loss: train.py's, or the plain one."""
+def make_step(job, muon=False, checkpoint_activations=False, **switches):
+    """The model, and a function that makes update k and returns the loss."""
     machine, c = job.machine, replace(job.config, **switches)
     torch.manual_seed(0)
     raw_model = GPT(c).to(machine.device)
     model = torch.compile(raw_model) if machine.compile else raw_model
-    opt = raw_model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), machine.device.type)
-    if plain:
-        groups = [{key: group[key] for key in ('params', 'weight_decay')} for group in opt.param_groups]
-        opt = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99))
-    elif muon:
+    if muon:
         opt = configure_muon(raw_model, 0.1, 1e-3, (0.9, 0.99), 0.02, 0.95, 5)
+    else:
+        opt = raw_model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), machine.device.type)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == 'float16')
     params = list(raw_model.parameters())
 
@@ -116,48 +102,26 @@ def make_step(job, plain=False, muon=False, checkpoint_activations=False, **swit
         losses = train.accumulate(model, scaler, machine, lambda i: batch, 1, checkpoint_activations)
         train.update(params, opt, scaler, 1.0)
         return losses[0]
-
-    def plain_step(k):
-        T, path = c.block_size, getattr(job.data, 'filename', None)
-        data = np.memmap(path, job.data.dtype, 'r') if path else job.data  # mapped again for each batch
-        starts = np.random.default_rng(k).integers(len(data) - T, size=job.batch_size)
-        x = torch.stack([torch.from_numpy(data[i:i + T].astype(np.int64)) for i in starts])  # (B, T)
-        y = torch.stack([torch.from_numpy(data[i + 1:i + 1 + T].astype(np.int64)) for i in starts])
-        with machine.autocast():
-            _, loss = raw_model(machine.to_device(x), machine.to_device(y))
-        scaler.scale(loss).backward()
-        train.update(params, opt, scaler, 1.0)
-        return loss.detach()
-    return raw_model, plain_step if plain else step
-
-
-make_plain_step = partial(make_step, plain=True)
+    return raw_model, step
 
 
 def bench_training(job):
     """Print the table of training steps."""
     device, models, kinds, seconds = job.machine.device, {}, {}, []
-    make = partial(make_step, job, checkpoint_activations=checkpoint_activations)
-    makers = {'plain step': partial(make_plain_step, job), 'learned positions': make,
-              'ALiBi': partial(make, use_alibi=True), 'rotary': partial(make, use_rope=True),
-              'learned positions, Muon': partial(make, muon=True)}
-    new = [name for name in SWITCHES if SWITCHES[name] != getattr(GPTConfig, name)]
-    if set(new) - {'use_alibi', 'use_rope'}:
-        makers[', '.join(new)] = partial(make, **SWITCHES)
-    for name, maker in makers.items():
+    learned = dict(use_alibi=False, use_rope=False, checkpoint_activations=checkpoint_activations)
+    changes = {'learned positions': {}, 'ALiBi': {'use_alibi': True}, 'rotary': {'use_rope': True},
+               'learned positions, Muon': {'muon': True}}
+    for name in changes:
         if device.type == 'cuda':
             torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()                        # by the kinds before; 0 without a GPU
-        models[name], kinds[name] = maker()
-        first = alternate({name: kinds[name]}, 2, 1, device)
-        if not first:
-            del models[name], kinds[name]
-            continue
-        seconds.append(first[name][1])
+        models[name], kinds[name] = make_step(job, **learned | changes[name])
+        first = alternate({name: kinds[name]}, 2, 1, device)[name]
+        seconds.append(first[1])
         peak = torch.cuda.max_memory_allocated() - held
         memory = f", peak memory {peak / 2**30:.2f} GiB" if peak else ''
-        print(f"{name}: first step {first[name][0]:.1f} s{memory}")
-    n = steps or max(1, round(0.5 / min(seconds, default=1)))
+        print(f"{name}: first step {first[0]:.1f} s{memory}")
+    n = steps or max(1, round(0.5 / min(seconds)))
     times = alternate(kinds, blocks, n, device)
     print_table(f'{blocks} blocks x {n} steps', times, job.batch_size * job.config.block_size)
     peak_flops = job.machine.peak_flops()
@@ -169,7 +133,7 @@ def bench_training(job):
 def bench_generation(job):
     """Print the table of generation, without the cache and with it."""
     machine, c = job.machine, job.config
-    model = make_step(job, **SWITCHES)[0].eval()
+    model = make_step(job)[0].eval()
     T = min(256, max(1, c.block_size // 2))                         # within block_size, where the cache helps
     n = min(max_new_tokens, max(1, c.block_size - T))
     idx = torch.randint(c.vocab_size, (1, T), device=machine.device)
@@ -187,17 +151,13 @@ def bench_generation(job):
 def write_profile(job):
     """Trace five steps: print the ten most expensive operations, and write bench-trace.json."""
     device = job.machine.device
-    _, step = make_step(job, checkpoint_activations=checkpoint_activations, **SWITCHES)
+    _, step = make_step(job, checkpoint_activations=checkpoint_activations)
     alternate({'profile': step}, 2, 1, device)                      # the first one compiles
     with torch.profiler.profile() as trace:
         alternate({'profile': step}, 1, 5, device)
     trace.export_chrome_trace('bench-trace.json')
-    unit = 'self_device_time_total' if device.type == 'cuda' else 'self_cpu_time_total'
-    times = {event.key: getattr(event, unit) for event in trace.key_averages() if not event.is_user_annotation
-             and (event.device_type.name == 'CUDA') == (device.type == 'cuda')}
-    print(f"\n{'the most expensive operations':57}{'ms a step':>12}{'share':>10}")
-    for name, time_us in sorted(times.items(), key=lambda item: -item[1])[:10]:
-        print(f"{name[:56]:57}{time_us / 5000:>12.2f}{time_us / sum(times.values()):>10.1%}")
+    order = 'self_device_time_total' if device.type == 'cuda' else 'self_cpu_time_total'
+    print(trace.key_averages().table(order, row_limit=10, max_name_column_width=40))
 
 
 def bench():
@@ -217,7 +177,9 @@ def bench():
         data, source = load_split(name, 'train', sizes['block_size'], meta), f'data/{name}'
     print(*(f'{key}={size}' for key, size in sizes.items()), f"vocab_size={n_ids}\n{source}")
     n_rows = sizes.pop('batch_size')
-    job = Job(machine, GPTConfig(vocab_size=n_ids, dropout=dropout, bias=bias, **sizes), n_rows, data)
+    config = GPTConfig(vocab_size=n_ids, dropout=dropout, bias=bias, use_alibi=use_alibi, use_rope=use_rope,
+                       **sizes)
+    job = Job(machine, config, n_rows, data)
     if blocks:
         bench_training(job)
     if profile:

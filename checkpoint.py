@@ -3,6 +3,7 @@
     last.pt         the newest state, to resume from
     ckpt.pt         the best state (or the newest), to sample from; a hard link where it is that of last.pt
     iter-000500.pt  older states, with keep_checkpoints
+    config.py       its settings: python train.py out-x/config.py --init_from=resume
     metrics.jsonl   a line for each log and evaluation
     loss.png        its curves
     previous/       what an earlier run left here; previous-2/, ... where there is one
@@ -64,17 +65,11 @@ def link(source: Path, target: Path) -> None:
 # ---- writing ------------------------------------------------------------------------------------------
 
 class RunFolder:
-    """A run's out_dir, which is kept to this process while the context lasts."""
+    """A run's out_dir, locked until the object is collected or the process ends."""
 
     def __init__(self, out_dir: str | Path, is_new: bool):
         self.path = Path(out_dir)
         self.claim(is_new)
-
-    def __enter__(self) -> 'RunFolder':
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.lock.release()
 
     def claim(self, is_new: bool) -> None:
         """Make and lock the folder; a new run moves what an earlier one left to previous/, previous-2/, ...
@@ -82,15 +77,15 @@ class RunFolder:
         Raises UserError if another run has it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(self.path / '.lock')                   # the system frees it with the process
+        self.lock = FileLock(self.path / '.lock')
         try:
             self.lock.acquire(blocking=False)
         except Timeout as error:
             raise UserError(f"another run writes to {self.path}: choose another --out_dir") from error
-        self.identity = self.lock_identity()
-        patterns = ('*.pt', 'metrics.jsonl', 'loss.png') if is_new else ()
-        files = [file for pattern in patterns for file in self.path.glob(pattern)]
-        if files:
+        self.identity = os.stat(self.path / '.lock')
+        names = ('*.pt', 'config.py', 'metrics.jsonl', 'loss.png')
+        files = [file for name in names for file in self.path.glob(name)]
+        if is_new and files:
             previous = self.unused('previous')
             previous.mkdir()
             for file in files:
@@ -99,27 +94,23 @@ class RunFolder:
 
     def unused(self, name: str, suffix: str = '') -> Path:
         """The first of name, name-2, name-3, ... that is not in the folder."""
-        paths = (self.path / (name + (f'-{n}' if n > 1 else '') + suffix) for n in count(1))
-        return next(path for path in paths if not os.path.lexists(path))
+        endings = (suffix if n == 1 else f'-{n}{suffix}' for n in count(1))
+        return next(path for end in endings if not os.path.lexists(path := self.path / (name + end)))
 
-    def lock_identity(self) -> tuple[int, int] | None:
-        """Which file the lock is: it tells whether the folder is still the one that was claimed."""
-        with suppress(FileNotFoundError):
-            found = os.stat(self.path / '.lock')
-            return found.st_dev, found.st_ino
+    def check(self) -> None:
+        """Claim the folder again, as a new run does, if it was moved, deleted or replaced meanwhile."""
+        lock = self.path / '.lock'
+        if not lock.exists() or not os.path.samestat(lock.stat(), self.identity):
+            self.claim(is_new=True)
 
     def save(self, state: dict, is_best: bool, keep: int = 0) -> None:
-        """Write last.pt; link it to ckpt.pt if it is the best, and keep the newest `keep` as iter-N.pt.
-
-        Where the folder was moved, deleted or replaced meanwhile, it is claimed again as by a new run.
-        """
-        if self.lock_identity() != self.identity:
-            self.claim(is_new=True)
-        last, best = self.path / 'last.pt', self.path / 'ckpt.pt'
+        """Write last.pt; link it to ckpt.pt if it is the best, and keep the newest `keep` as iter-N.pt."""
+        self.check()
+        last = self.path / 'last.pt'
         with atomic_write(last) as file:
-            torch.save(state, file)
+            torch.save(state, file.name)  # not the file, which torch would write to through Python
         if is_best:
-            link(last, best)
+            link(last, self.path / 'ckpt.pt')
         if keep > 0:
             link(last, self.path / f"iter-{state['iter_num']:06d}.pt")
             for old in sorted(self.path.glob('iter-*.pt'), key=os.path.getmtime)[:-keep]:
@@ -127,13 +118,12 @@ class RunFolder:
 
     def log(self, record: dict) -> None:
         """Add a record with `iter` to metrics.jsonl."""
-        if self.lock_identity() != self.identity:
-            self.claim(is_new=True)
+        self.check()
         with open(self.path / 'metrics.jsonl', 'a') as file:
             file.write(json.dumps(record) + '\n')
 
-    def resume(self, iter_num: int, evaluates: bool, path: Path | None) -> None:
-        """Drop the records that a run resumed at iter_num logs again; evaluates: its evaluation there, too.
+    def start(self, config: dict, iter_num: int, evaluates: bool, path: Path | None) -> None:
+        """Write config.py. Drop the records that a resumed run logs again; evaluates: its evaluation, too.
 
         Where it resumes from a path other than last.pt (nanoGPT's, or an older state), that becomes last.pt;
         the earlier last.pt and ckpt.pt are kept as last-before.pt and ckpt-before.pt (or -before-2.pt, ...).
@@ -143,6 +133,8 @@ class RunFolder:
                 if (self.path / f'{name}.pt').exists():
                     link(self.path / f'{name}.pt', self.unused(f'{name}-before', '.pt'))
             link(path, self.path / 'last.pt')                       # to resume from, even before a save
+        with atomic_write(self.path / 'config.py', 'x') as file:
+            file.writelines(f'{name} = {value!r}\n' for name, value in config.items())
         kept = [record for record in read_metrics(self.path) if record['iter'] < iter_num
                 or record['iter'] == iter_num and 'val_loss' in record and not evaluates]
         with atomic_write(self.path / 'metrics.jsonl', 'x') as file:
@@ -161,7 +153,7 @@ def read_metrics(out_dir: str | Path) -> list[dict]:
     return records
 
 
-def find(out_dir: str | Path, *names: str) -> Path:
+def find(out_dir: str | Path, names: tuple = ('ckpt.pt', 'last.pt')) -> Path:
     """The first of the files in out_dir, which may be a checkpoint itself. Raises UserError without one."""
     for path in (Path(out_dir), *(Path(out_dir) / name for name in names)):
         if path.is_file():
@@ -170,10 +162,7 @@ def find(out_dir: str | Path, *names: str) -> Path:
 
 
 def load(path: str | Path) -> dict:
-    """Read a checkpoint, ours or nanoGPT's, to the CPU, running no code in it. Raises UserError.
-
-    Beside what is in the file it has the keys `path` and `hash`.
-    """
+    """Read a checkpoint, ours or nanoGPT's, to the CPU, running no code in it. Adds the keys path, hash."""
     try:
         with zipfile.ZipFile(path) as archive:                      # torch.load looks at none of this
             entries = archive.infolist()
@@ -183,7 +172,7 @@ def load(path: str | Path) -> dict:
         state['hash'] = hashlib.sha256(repr([(e.filename, e.CRC) for e in entries]).encode()).hexdigest()
         state.update(path=Path(path), config=state.get('config', {}))
         weights, _ = state['model'], state['model_args']['vocab_size']
-        broken = [name for name, weight in weights.items() if not weight.sum().isfinite()]
+        broken = [name for name, weight in weights.items() if not weight.float().sum().isfinite()]
     except Exception as error:                                      # damaged files raise almost anything
         raise UserError(f"{path} is damaged or not a checkpoint: {error!r}") from error
     if broken:
@@ -205,6 +194,14 @@ def build_model(state: dict, **overrides) -> GPT:
     model.load_state_dict({key.removeprefix('_orig_mod.'): value for key, value in state['model'].items()
                            if not key.endswith('.attn.bias')})
     return model
+
+
+def load_model(name: str | Path) -> tuple[GPT, dict]:
+    """The model, in eval mode on the CPU, and the state of a run's folder, a checkpoint or a GPT-2."""
+    if name in GPT2_NAMES or (Path(name) / 'config.json').exists():
+        return pretrained(name).eval(), {'path': Path(name), 'iter_num': 0, 'config': {}, 'meta': None}
+    state = load(find(name))
+    return build_model(state).eval(), state
 
 
 def data_meta(state: dict) -> dict | None:

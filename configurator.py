@@ -32,9 +32,11 @@ def convert(key: str, value: object, default: object) -> object:
     An int is accepted for a float, a whole float for an int, and True and False where the default is 'auto'.
     A str is taken as it is, but for quotes around it.
     """
-    if type(value) is str and (type(default) is not str or value[:1] in ('"', "'") or default == 'auto'):
+    if type(value) is str:
         with suppress(SyntaxError, ValueError):
-            value = ast.literal_eval(value)
+            literal = ast.literal_eval(value)
+            is_meant = type(default) is not str or default == 'auto' or type(literal) is str
+            value = literal if is_meant else value                  # --start=123 is a str
     if type(value).__module__ in ('numpy', 'torch'):
         value = value.item()
     if type(default) is float and type(value) is int:

@@ -133,7 +133,8 @@ def tokenizer(meta: dict | None) -> Tokenizer:
         pieces = pattern.findall(text) if longest_first and len(longest_first[0]) > 1 else text
         for piece in set(pieces) - stoi.keys():
             raise UserError(f"character {piece!r} at position {text.index(piece)} is not in the vocabulary "
-                            f"of {len(stoi)} tokens, {''.join(stoi)!r:.100}; --start=IDS:1,2,3 takes ids")
+                            f"of {len(stoi)} tokens, {''.join(stoi)!r:.100}" if stoi else "meta.pkl has no "
+                            "stoi, so there is no tokenizer: give token ids, as --start=IDS:1,2,3")
         return [stoi[piece] for piece in pieces]
 
     def decode_bytes(ids):

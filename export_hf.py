@@ -105,11 +105,11 @@ For lm_eval's likelihoods, a model of characters needs `--model_args pretrained=
 
 def export():
     """Write the folder, complete or not at all."""
-    state = checkpoint.load(checkpoint.find((runs or [out_dir])[-1], 'ckpt.pt', 'last.pt'))
+    model, state = checkpoint.load_model((runs or [out_dir])[-1])
     meta, source = checkpoint.data_meta(state), state['path'].parent.resolve()
     target = Path(hf_dir or source.with_name('hf-' + source.name.removeprefix('out-'))).absolute()
     tokenizer = make_tokenizer(meta)
-    peer = convert(checkpoint.build_model(state).eval(), tokenizer.token_to_id(END))
+    peer = convert(model, tokenizer.token_to_id(END))
     target.parent.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGINT, signal.default_int_handler)        # Ctrl-C leaves nothing behind
     with tempfile.TemporaryDirectory(prefix='.export-', dir=target.parent) as temporary:

@@ -70,18 +70,6 @@ def alibi_bias(slopes: Tensor, i: Tensor, S: int) -> Tensor:
     return torch.addcmul(mask, -slopes.view(1, -1, 1, 1), distance)  # (1, H, T, S)
 
 
-def alibi_masks(slopes: Tensor, i: Tensor, S: int, dtype: torch.dtype) -> list[Tensor]:
-    """alibi_bias() in pieces, for some of the queries and the keys up to the last of them each.
-
-    On a CPU the kernel with a mask computes every key for every query: pieces of 256 spare it the later keys.
-    """
-    T = i.size(0)
-    if i.device.type != 'cpu' or torch.compiler.is_exporting():
-        return [alibi_bias(slopes, i, S).to(dtype)]
-    return [alibi_bias(slopes, i[start:start + 256], S - T + min(start + 256, T)).to(dtype)
-            for start in range(0, T, 256)]
-
-
 def rotary_angles(i: Tensor, D: int, base: float = 10000.0) -> tuple[Tensor, Tensor]:
     """What rotate() takes for tokens at positions i (T,): cosines and signed sines, (T, D) float32 each.
 
@@ -127,11 +115,11 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, masks: list | None = None, angles: tuple = (), extend=None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, angles: tuple = (), extend=None) -> Tensor:
         """x (B, T, C) -> (B, T, C).
 
-        masks: for one piece of the queries after another, (..., rows, keys), added to the scores, or if bool
-        True where a key is seen; None is causal. angles: for rotate(). extend(k, v): those of all tokens.
+        mask: (..., T, S), added to the scores, or if bool True where a key is seen; None is causal.
+        angles: for rotate(). extend(k, v): those of all tokens.
         """
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).transpose(1, 3).unbind(2)  # (B, H, T, D) each
@@ -139,15 +127,8 @@ class CausalSelfAttention(nn.Module):
             q, k = rotate(q, *angles), rotate(k, *angles)
         if extend is not None:
             k, v = extend(k, v)                                     # (B, H, S, D) each
-        attend = partial(F.scaled_dot_product_attention, dropout_p=self.dropout if self.training else 0.0)
-        if masks is None:
-            y = attend(q, k, v, is_causal=True)                     # (B, H, T, D)
-        elif len(masks) == 1:
-            y = attend(q, k, v, masks[0])
-        else:
-            pieces = q.split([mask.size(-2) for mask in masks], dim=2)
-            y = torch.cat([attend(rows, k[:, :, :mask.size(-1)], v[:, :, :mask.size(-1)], mask)
-                           for rows, mask in zip(pieces, masks)], dim=2)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
+                                           dropout_p=self.dropout if self.training else 0.0)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)                      # heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
@@ -190,13 +171,14 @@ class HeadLoss(torch.autograd.Function):
         dx, dw, loss, n = torch.empty_like(x), torch.zeros_like(weight), 0.0, (targets != -1).sum()
         for x_rows, y, dx_rows in zip(x.split(rows), targets.split(rows), dx.split(rows)):
             logits = F.linear(x_rows, weight)                       # (rows, V), in 16 bits under autocast
-            logp = F.log_softmax(logits, dim=-1, dtype=torch.float32)
+            logp, dtype = F.log_softmax(logits, dim=-1, dtype=torch.float32), logits.dtype
+            del logits                                              # they are as large as all the rest
             loss = loss + F.nll_loss(logp, y, ignore_index=-1, reduction='sum')
             if not with_gradient:
                 continue
             keep = (y != -1).float()[:, None]                       # (rows, 1)
             dlogits = logp.exp_().scatter_add_(1, y.clamp(min=0)[:, None], -torch.ones_like(keep)).mul_(keep)
-            dlogits = dlogits.to(logits.dtype)
+            dlogits = dlogits.to(dtype)
             dx_rows.copy_(dlogits @ weight)
             if dlogits.dtype == dw.dtype:
                 dw.addmm_(dlogits.t(), x_rows)
@@ -252,25 +234,25 @@ class GPT(nn.Module):
         config, T = self.config, idx.size(1)
         S = T if cache is None else cache.capacity
         i = torch.arange(T, device=idx.device)                      # the tokens' positions
-        masks, angles = None, ()
+        mask, angles = None, ()
         if cache is not None:
             i = i + cache.length
             cache.length += T
-            masks = [i[:, None] >= torch.arange(S, device=i.device)]  # (T, S)
+            mask = i[:, None] >= torch.arange(S, device=i.device)   # (T, S)
         x = self.transformer.wte(idx)                               # (B, T, C)
         if config.has_wpe:
             if S > config.block_size:
                 raise ValueError(f"{S} tokens, but only block_size={config.block_size} positions")
             x = x + self.transformer.wpe(i)
         elif config.use_alibi:
-            masks = alibi_masks(self.slopes, i, S, x.dtype)         # (1, H, T, S) together
+            mask = alibi_bias(self.slopes, i, S).to(x.dtype)        # (1, H, T, S)
         else:
             angles = rotary_angles(i, config.n_embd // config.n_head)  # (T, D) each
         x = self.transformer.drop(x)
         for layer, block in enumerate(self.transformer.h):
             if checkpoint_activations:
                 block = partial(checkpoint, block, use_reentrant=False)
-            x = block(x, masks, angles, None if cache is None else partial(cache.extend, layer, i))
+            x = block(x, mask, angles, None if cache is None else partial(cache.extend, layer, i))
         x = self.transformer.ln_f(x)                                # (B, T, C)
         if targets is None:
             return self.lm_head(x[:, -1:]), None                    # (B, 1, V)
@@ -340,7 +322,6 @@ class GPT(nn.Module):
         name: gpt2, gpt2-medium, gpt2-large or gpt2-xl, which transformers downloads once, or a folder's path.
         override_args: {'dropout': p} or None. Raises ValueError for a model that has no equal here.
         """
-        assert set(override_args or {}) <= {'dropout'}, "GPT-2's sizes are given: only dropout can be set"
         from transformers import GPT2LMHeadModel  # only here: it is slow to import
         theirs, info = GPT2LMHeadModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
         c = theirs.config

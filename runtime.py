@@ -33,11 +33,10 @@ def derive_seed(seed: int, purpose: int, index: int = 0) -> int:
 
 
 class StopSignals:
-    """`received` becomes true at a signal to stop, so that the run can stop where it can resume.
+    """`received` becomes true at SIGTERM, SIGINT (Ctrl-C), SIGHUP (closed terminal) or SIGUSR1 (a cluster's).
 
-    That is SIGTERM, SIGINT (Ctrl-C), SIGHUP (the terminal was closed) or SIGUSR1 (a cluster's warning),
-    unless the process was started to ignore it, as SIGHUP is by nohup. A second SIGTERM or SIGINT ends the
-    process, unless it follows within a second: torchrun passes on what the terminal has sent as well.
+    A signal that the process was started to ignore, as by nohup, stays ignored. A second SIGTERM or SIGINT
+    ends the process, unless it follows within a second: torchrun passes on what the terminal sends as well.
     """
 
     def __init__(self):
@@ -129,8 +128,8 @@ class Machine(NamedTuple):
     def __str__(self) -> str:
         is_gpu = self.device.type == 'cuda'
         name = torch.cuda.get_device_name(self.device) if is_gpu else f"{torch.get_num_threads()} threads"
-        how = 'compiled' if self.compile else 'eager'
-        return f"{self.device} ({name}), {self.dtype}, {how}, processes: {self.world_size}"
+        return (f"{self.device} ({name}), {self.dtype}, {'compiled' if self.compile else 'eager'}, "
+                f"processes: {self.world_size}")
 
 
 def set_up(device: str = 'auto', dtype: str = 'auto', compile: bool | str = 'auto') -> Machine:
@@ -142,12 +141,13 @@ def set_up(device: str = 'auto', dtype: str = 'auto', compile: bool | str = 'aut
         device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
     if device.index is not None:
         torch.accelerator.set_device_index(device)
-    if dtype == 'auto' and device.type == 'cuda':
-        dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
-    elif dtype == 'auto':
-        dtype = 'float32'
+    if dtype == 'auto':
+        dtype = 'float32' if device.type != 'cuda' else \
+            'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
     if dtype not in ('float32', 'bfloat16', 'float16'):
         raise UserError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
+    if compile not in (True, False, 'auto'):
+        raise UserError(f"compile must be auto, True or False, got {compile!r}")
     if compile == 'auto':
         compile = device.type == 'cuda' and importlib.util.find_spec('triton') is not None
     torch.set_float32_matmul_precision('high')

@@ -40,16 +40,6 @@ import runtime
 from dataset import tokenizer
 
 
-def load_model():
-    """The model in eval mode, its tokenizer, and a name for it."""
-    folder = (runs or [out_dir])[-1] if init_from == 'resume' else init_from
-    if init_from in checkpoint.GPT2_NAMES or (Path(folder) / 'config.json').exists():
-        return checkpoint.pretrained(folder), tokenizer(None), folder
-    path = checkpoint.find(folder, 'ckpt.pt', 'last.pt')
-    state = checkpoint.load(path)
-    return checkpoint.build_model(state).eval(), tokenizer(checkpoint.data_meta(state)), path
-
-
 def encode_prompt(tok):
     """The token ids of the prompt, a list."""
     if start.startswith('IDS:'):
@@ -64,9 +54,9 @@ def generate():
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)               # end quietly in `python sample.py | head`
     sys.stdout.reconfigure(encoding='utf-8', errors='replace')      # whatever the terminal says it is
     machine = runtime.set_up(device, dtype, compile)
-    model, tok, name = load_model()
-    model.to(machine.device)
-    print(f"{name}, {model.get_num_params() / 1e6:.2f}M parameters; {machine}", file=sys.stderr)
+    model, state = checkpoint.load_model((runs or [out_dir])[-1] if init_from == 'resume' else init_from)
+    model, tok = model.to(machine.device), tokenizer(checkpoint.data_meta(state))
+    print(f"{state['path']}, {model.get_num_params() / 1e6:.2f}M parameters; {machine}", file=sys.stderr)
     prompt, stop_ids = encode_prompt(tok), tok.encode(stop)
     if not prompt or len(stop_ids) > 1:
         raise UserError(f"start takes at least one token, stop at most one: {len(prompt)}, {len(stop_ids)}")

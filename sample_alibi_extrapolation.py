@@ -3,12 +3,11 @@
     python sample_alibi_extrapolation.py                             train small models and compare them
     python sample_alibi_extrapolation.py out-shakespeare-char-alibi  your own model, or several
 
-Prints the loss on the same target tokens of the val split in windows of 1, 1.5, 2, 4 and 8 times the trained
-length (Press et al. 2022, arXiv 2108.12409): of the whole split in non-overlapping windows, where a longer
-window gives most tokens more context, and in a sliding window, where every target has a full context. Runs
-that differ only in their seed are averaged. A model with learned positions has no longer windows: beyond its
-trained length it sees only the last tokens, as in nanoGPT's generate(). All losses, also by position, go to
-alibi_extrapolation.json and .png in the first folder. The method and its results: docs/alibi.md.
+Prints the loss on the same targets in windows of 1, 1.5, 2, 4 and 8 times the trained length (Press et al.
+2022, arXiv 2108.12409): of the whole val split in non-overlapping windows, and of some targets in a sliding
+window, where each has a full context. Runs that differ only in their seed are averaged. A model with learned
+positions sees the last tokens of its trained length only, as in nanoGPT's generate(). All losses, also
+by position, go to alibi_extrapolation.json and .png in the first folder. More: docs/alibi.md.
 """
 import json
 import math
@@ -36,16 +35,14 @@ from configurator import UserError, configure
 configure(globals(), skip_unknown=True, plain='runs')
 
 import torch
-import torch.nn.functional as F
-from tqdm import tqdm
 
 import checkpoint
 import runtime
 from dataset import load_meta, load_split, tokenizer
+from eval import token_losses, whole_text_losses
 from train import LAUNCH_SETTINGS
 
 POSITION_TARGETS = 2**13       # of the loss by position
-BATCH_TOKENS = 2**13           # of a forward pass
 
 
 class Method(NamedTuple):
@@ -58,33 +55,10 @@ class Method(NamedTuple):
     states: list               # their checkpoints
 
 
-@torch.no_grad()
-def token_losses(model, machine, x, y):
-    """The loss in nats of each token y (B, T), given its row x (B, T) up to there: (B, T) float64, CPU."""
-    T, losses = x.size(1), []
-    rows = max(1, BATCH_TOKENS // T)
-    batches = list(zip(x.split(rows), y.split(rows)))
-    for x, y in tqdm(batches, f"windows of {T}", leave=False, disable=None):  # in a terminal only
-        x, y = machine.to_device(x), machine.to_device(y)
-        with machine.autocast():
-            logits, _ = model(x, y)                                 # (rows, T, V)
-        loss = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction='none')
-        losses.append(loss.double().cpu().view_as(y))
-    return torch.cat(losses)
-
-
 def sliding_losses(model, machine, data, W, places):
     """The loss of each token data[place], given the W tokens before it: (places,)."""
     windows = data[places[:, None] + torch.arange(-W, 1)]           # (places, W + 1)
     return token_losses(model, machine, windows[:, :-1], windows[:, 1:])[:, -1]
-
-
-def whole_split_losses(model, machine, data, W):
-    """The loss of each token in data[1:], in non-overlapping windows of W tokens: (N,)."""
-    x, y = data[:-1], data[1:]
-    n = len(y) // W * W                                             # in full windows; the last may be shorter
-    parts = [(x[:n].view(-1, W), y[:n].view(-1, W)), (x[None, n:], y[None, n:])]
-    return torch.cat([token_losses(model, machine, *part).flatten() for part in parts if part[0].numel()])
 
 
 def by_position_losses(model, machine, data, W, stretch):
@@ -113,7 +87,7 @@ def measure(method, machine, data, windows, places):
     stretch = max(1, method.L // 4)
     possible = [W for W in windows if W <= method.L or not method.is_limited]
     return {'windows': possible, 'stretch': stretch,
-            'non_overlapping': [each(whole_split_losses, W) for W in possible],
+            'non_overlapping': [each(whole_text_losses, W) for W in possible],
             'sliding': [each(sliding_losses, W, places) for W in possible],
             'by_position': each(by_position_losses, windows[-1], stretch)}
 
@@ -236,18 +210,16 @@ def load_methods(folders, machine):
     """The runs in the folders, those that differ only in their seed together. Raises UserError."""
     groups = {}
     for folder in folders:
-        path = checkpoint.find(folder, 'ckpt.pt', 'last.pt')
-        state = checkpoint.load(path)
-        model, run = checkpoint.build_model(state).eval().to(machine.device), state['config']
-        config, L = model.config, model.config.block_size
-        print(f"{path}: trained at {L} tokens, iteration {state['iter_num']}")
+        model, state = checkpoint.load_model(folder)
+        config, L, run = model.config, model.config.block_size, state['config']
+        print(f"{state['path']}: trained at {L} tokens, iteration {state['iter_num']}")
         kind = 'ALiBi' if config.use_alibi else 'rotary' if config.use_rope else f'learned (sees {L} tokens)'
         settings = {key: value for key, value in run.items() if key not in ('seed', *LAUNCH_SETTINGS)}
         group = groups.setdefault(repr((config, settings)), Method(kind, L, config.has_wpe, [], [], []))
         if 'seed' in run and run['seed'] in [other['config']['seed'] for other in group.states]:
             raise UserError(f"{folder} has the settings and the seed of another run here: it adds nothing")
         group.folders.append(folder)
-        group.models.append(model)
+        group.models.append(model.to(machine.device))
         group.states.append(state)
     kinds = [method.name for method in groups.values()]
     return [method if kinds.count(method.name) == 1 else
@@ -282,7 +254,7 @@ def extrapolate():
     places = torch.linspace(longest, N - 1, min(sliding_targets, N - longest)).long()
     losses = [measure(method, machine, data, row, places) for method, row in zip(methods, windows)]
     results = [summary(method, ours, losses[0], longest) for method, ours in zip(methods, losses)]
-    path = checkpoint.find(folders[0], 'ckpt.pt', 'last.pt').with_name('alibi_extrapolation.json')
+    path = methods[0].states[0]['path'].with_name('alibi_extrapolation.json')
     with checkpoint.atomic_write(path, 'x') as file:
         json.dump({'dataset': name, 'methods': results}, file, indent=1)
     plot(results, path.with_suffix('.png'))

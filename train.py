@@ -7,7 +7,7 @@
     torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=IP --master_port=1234 train.py
 
 Writes to out_dir: last.pt (the newest state), ckpt.pt (the best, or with always_save_checkpoint the newest),
-metrics.jsonl (a line for each log and evaluation) and loss.png. A new run moves older ones to previous/.
+config.py, metrics.jsonl (a line for each log and evaluation), loss.png. A new run moves old ones away.
 """
 import math
 import os
@@ -15,6 +15,7 @@ import time
 import warnings
 from contextlib import nullcontext
 from dataclasses import fields
+from datetime import timedelta
 from pathlib import Path
 
 # ---------------------------------------------------------------------------------------------------------
@@ -96,9 +97,9 @@ IS_RESTART = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0  # of a to
 # ---- where a run starts -------------------------------------------------------------------------------
 
 def claim(machine):
-    """A context in which out_dir belongs to this run: a RunFolder, or None where nothing is written."""
+    """The out_dir, which this run now holds, or None in a process that writes nothing."""
     if eval_only or not machine.is_master:
-        return nullcontext()
+        return None
     goes_back = init_from.endswith('.pt') and Path(init_from).parent.resolve() == Path(out_dir).resolve()
     is_new = not (goes_back or IS_RESTART or init_from in ('resume', 'auto'))
     return checkpoint.RunFolder(out_dir, is_new)
@@ -109,7 +110,7 @@ def load_start(meta, machine):
     names = ('last.pt', 'ckpt.pt')
     found = machine.is_master and any((Path(out_dir) / name).exists() for name in names)
     if init_from == 'resume' or machine.any(found) and (init_from == 'auto' or IS_RESTART):
-        return load_checkpoint(checkpoint.find(out_dir, *names), meta, machine, resumes=True)
+        return load_checkpoint(checkpoint.find(out_dir, names), meta, machine, resumes=True)
     if init_from in ('scratch', 'auto'):
         torch.manual_seed(derive_seed(seed, runtime.INIT))
         sizes = {name: globals()[name] for name in MODEL_SETTINGS}
@@ -125,8 +126,7 @@ def load_start(meta, machine):
             raise UserError(f"data/{dataset} has a vocabulary of its own, and {init_from} has GPT-2's tokens")
         model = checkpoint.pretrained(init_from, dropout)
     else:
-        path = checkpoint.find(init_from, 'ckpt.pt', 'last.pt')
-        model, saved = load_checkpoint(path, meta, machine, resumes=init_from.endswith('.pt'))
+        model, saved = load_checkpoint(checkpoint.find(init_from), meta, machine, init_from.endswith('.pt'))
     if not saved and block_size < model.config.block_size:
         model.crop_block_size(block_size)
     return model, saved
@@ -269,14 +269,14 @@ run:       {max_iters:,} iterations = {max_iters * tokens / n:.2f} epochs, {opti
 def log(record, machine, folder, wandb):
     """Print a record, and add it to metrics.jsonl, loss.png and wandb. None of them may kill the run."""
     if 'val_loss' in record:
-        machine.print("step {iter}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, perplexity "
-                      "{0:.5g}, lr {lr:.1e}".format(math.exp(min(700, record['val_loss'])), **record))
+        line = ("step {iter}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, perplexity "
+                f"{math.exp(min(700, record['val_loss'])):.5g}, lr {{lr:.1e}}")
     else:
+        eta = timedelta(seconds=round(record['ms'] / 1000 * (max_iters - record['iter'] - 1)))
         speed = "mfu {mfu:.2%}" if 'mfu' in record else "{tokens_per_s:,.0f} tok/s"
-        seconds = round(record['ms'] / 1000 * (max_iters - record['iter'] - 1))
-        left = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
-        machine.print(("iter {iter}: loss {loss:.4f}, time {ms:.2f}ms, " + speed + ", norm {grad_norm:.2f}, "
-                       "eta {0}").format(left, **record))
+        line = ("iter {iter}: loss {loss:.4f}, time {ms:.2f}ms, " + speed + ", norm {grad_norm:.2f}, "
+                f"eta {eta}")
+    machine.print(line.format(**record))
     try:
         if folder:
             folder.log(record)
@@ -292,7 +292,8 @@ def log(record, machine, folder, wandb):
 
 def train():
     """Train as the settings say."""
-    with runtime.processes(device, dtype, compile, backend, timeout) as machine, claim(machine) as folder:
+    with runtime.processes(device, dtype, compile, backend, timeout) as machine:
+        folder = claim(machine)
         # model, data, optimizer
         meta = load_meta(dataset)
         load_split(dataset, 'train', 1, meta)                       # not there? Before weights are loaded
@@ -322,11 +323,12 @@ def train():
         if data != saved.get('data', data):
             machine.print(f"data/{dataset} has changed since the checkpoint: the best val loss starts again")
             best_val_loss = math.inf
-        config = {name: globals()[name] for name in setting_names}
-        config |= {name: getattr(raw_model.config, name) for name in MODEL_SETTINGS}
+        config = {name: getattr(raw_model.config, name, globals()[name]) for name in setting_names}
         wandb, wandb_id = None, saved.get('wandb_id') or os.urandom(4).hex()
+        if saved:
+            config['init_from'] = saved['config'].get('init_from', 'scratch')  # where it started first
         if folder:
-            folder.resume(iter_num, is_evaluated(iter_num), saved.get('path'))
+            folder.start(config, iter_num, is_evaluated(iter_num), saved.get('path'))
         del saved                                                   # and its memory
         if wandb_log and machine.is_master:
             import wandb
@@ -409,8 +411,8 @@ def train():
             iter_num += 1
 
         if stop.received:
-            hint = "resume with --init_from=resume" if last_saved else "nothing to save"
-            machine.print(f"interrupted at iteration {iter_num}: {hint}")
+            how = f"python train.py {out_dir}/config.py --init_from=resume" if last_saved else "nothing saved"
+            machine.print(f"interrupted at iteration {iter_num}: {how}")
         elif not eval_only:
             hint = f": python sample.py --out_dir={out_dir}" if last_saved else ''
             machine.print(f"done: {iter_num} iterations, best val loss {best_val_loss:.4f}{hint}")

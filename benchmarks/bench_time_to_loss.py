@@ -15,11 +15,13 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from bench_val_loss import whole_split_loss
+import torch
 from matplotlib.figure import Figure
 
 import checkpoint
+import runtime
 from dataset import load_split
+from eval import whole_text_losses
 
 # config/train_shakespeare_char_NAME.py: seconds of each turn, color and label of its curves
 CONFIGS = {'cpu': (2.0, 'tab:blue', "AdamW, nanoGPT's settings"),
@@ -58,11 +60,11 @@ def evaluate(out_dir):
             curve.append((seconds, record['val_loss']))
         else:  # an iteration during which the process was held counts as the others do
             seconds += (record['ms'] if record['ms'] < 5 * median else usual) / 1000
-    state = checkpoint.load(Path(out_dir) / 'last.pt')
-    model = checkpoint.build_model(state).eval()
-    data = load_split(state['config']['dataset'], 'val', 64, state['meta'])
-    windows = WINDOWS if model.config.use_alibi else WINDOWS[:1]
-    return seconds, curve, {T: round(whole_split_loss(model, data, T, 16), 4) for T in windows}
+    model, state = checkpoint.load_model(Path(out_dir) / 'last.pt')
+    data = torch.from_numpy(load_split(state['config']['dataset'], 'val', 64, state['meta']).astype('int64'))
+    windows, machine = WINDOWS if model.config.use_alibi else WINDOWS[:1], runtime.set_up('cpu')
+    losses = {T: whole_text_losses(model, machine, data, T).mean().item() for T in windows}
+    return seconds, curve, {T: round(loss, 4) for T, loss in losses.items()}
 
 
 def main(seeds, *options):
