@@ -28,7 +28,7 @@ def test_logits_and_gradients_equal_mpts(H):
         idx = random_ids(2, T)
         logits, loss = model(idx, idx)
         theirs = peer(idx).logits
-        torch.testing.assert_close(logits, theirs, rtol=0, atol=1e-5)
+        torch.testing.assert_close(logits, theirs, rtol=0, atol=1e-4)
     assert len(alibi_masks(model.slopes, torch.arange(600), 600, torch.float32)) == 3
     loss.backward()
     F.cross_entropy(theirs.flatten(0, 1), idx.flatten()).backward()

@@ -45,7 +45,7 @@ def test_orthogonalize(shape):
     X = orthogonalize(G)
     inside = U.mT @ X.double() @ Vh.mT                              # X in the bases of U and V: diagonal
     diagonal = inside.diagonal(dim1=1, dim2=2)
-    assert (inside - torch.diag_embed(diagonal)).abs().max() < 1e-4
+    assert (inside - torch.diag_embed(diagonal)).abs().max() < 1e-3
     assert 0.65 < diagonal.min() and diagonal.max() < 1.25
     for matrix, ours in zip(G, orthogonalize(G, steps=4)):
         expected = matrix / matrix.norm()
