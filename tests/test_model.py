@@ -55,15 +55,14 @@ def test_logits_equal_the_naive_model(bias, positions, T):
 
 @torch.no_grad()
 @pytest.mark.parametrize('positions, T', [({}, 16), (ALIBI, 40), (ROPE, 40)])
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-def test_autocast_changes_little(positions, T, dtype):
-    model, idx = small(**positions, std=0.05), random_ids(2, T)
+@pytest.mark.parametrize('dtype, limit', [(torch.bfloat16, 0.01), (torch.float16, 0.002)])
+def test_autocast_changes_little(positions, T, dtype, limit):
+    model, idx = small(**positions, std=0.1), random_ids(2, T)
     expected = all_logits(model, idx)
     with torch.autocast('cpu', dtype):
         logits = all_logits(model, idx)
         assert model.generate(idx, 10, temperature=0).shape == (2, T + 10)
-    assert logits.dtype == dtype
-    torch.testing.assert_close(logits.float(), expected, rtol=0, atol=3e-2)
+    assert logits.dtype == dtype and (logits - expected).norm() < limit * expected.norm()
 
 
 def test_loss_is_the_mean_over_targets_and_ignores_minus_one():

@@ -23,12 +23,15 @@ def test_the_rotation_is_llamas():
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_angles_are_computed_in_float32_under_autocast(dtype):
-    """A far position has more digits than 16 bits hold."""
+    """A far position has more digits than 16 bits hold. What is rotated keeps its 16 bits."""
     i = torch.arange(3000, 3010)
     exact = rotary_angles(i, 8)
     with torch.autocast('cpu', dtype):
         for ours, expected in zip(rotary_angles(i, 8), exact):
             assert ours.dtype == torch.float32 and torch.equal(ours, expected)
+    x = torch.randn(10, 8, generator=torch.Generator().manual_seed(0))
+    rotated = rotate(x, *exact).to(dtype)
+    torch.testing.assert_close(rotate(x.to(dtype), *exact), rotated, rtol=0, atol=2e-2)
 
 
 def test_one_graph():
