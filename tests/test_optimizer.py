@@ -1,8 +1,7 @@
-"""optimizer.py: Muon against PyTorch's and the SVD, AdamW against PyTorch's, state."""
-import io
-
+"""optimizer.py: Muon against PyTorch's and the SVD, AdamW against PyTorch's."""
 import pytest
 import torch
+from conftest import same_tensors
 
 from model import GPT, GPTConfig
 from optimizer import Muon, configure_muon, orthogonalize
@@ -10,8 +9,8 @@ from optimizer import Muon, configure_muon, orthogonalize
 SHAPES = [(24, 24), (96, 24), (24, 96), (24, 32), (72, 24)]         # the last: three square ones
 
 
-def matrices(seed=0):
-    generator = torch.Generator().manual_seed(seed)
+def matrices():
+    generator = torch.Generator().manual_seed(0)
     return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
 
 
@@ -35,63 +34,26 @@ def give_gradients(params, seed):
         p.grad = torch.randn(p.shape, generator=generator)
 
 
-def everything(params, optimizer):
-    """Weights and state, to compare with ==."""
-    state = [value for p in params for key, value in sorted(optimizer.state[p].items())]
-    return [t.detach().clone() for t in [*params, *state]]
-
-
-def assert_equal(ours, theirs):
-    assert len(ours) == len(theirs)
-    for i, (a, b) in enumerate(zip(ours, theirs)):
-        assert torch.equal(a, b), f"number {i}, of shape {tuple(a.shape)}"
-
-
 # Newton-Schulz
 
-@pytest.mark.parametrize('shape', [(64, 64), (128, 128), (256, 64), (64, 256), (48, 64), (64, 48), (9, 300)])
-def test_orthogonalize_is_near_the_polar_factor(shape):
+@pytest.mark.parametrize('shape', [(64, 64), (256, 64), (64, 256), (48, 64), (64, 48), (9, 300)])
+def test_orthogonalize(shape):
+    """Singular values down to 1/200 of the largest end near 1, as by the iteration in its plain form."""
     G = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1))
+    U, _, Vh = torch.linalg.svd(G.double(), full_matrices=False)
+    G = (1e-4 * U * torch.logspace(0, -2.3, U.size(2)) @ Vh).float()
     X = orthogonalize(G)
-    U, S, Vh = torch.linalg.svd(G.double(), full_matrices=False)
     inside = U.mT @ X.double() @ Vh.mT                              # X in the bases of U and V: diagonal
     diagonal = inside.diagonal(dim1=1, dim2=2)
-    relative = S / S.norm(dim=1, keepdim=True)
-    assert (inside - torch.diag_embed(diagonal)).abs().max() < 1e-4
-    assert diagonal.max() < 1.21
-    assert diagonal[relative > 2e-3].min() > 0.67  # a square random matrix has some smaller ones
-    assert (X - U @ Vh).norm() < 0.25 * (U @ Vh).norm()
-
-
-def test_orthogonalize_of_a_spectrum():
-    """Singular values down to 1/500 of the matrix's norm, tall and wide, end in [0.65, 1.25]."""
-    for rows, columns in ((32, 32), (32, 128), (128, 32)):
-        U, _ = torch.linalg.qr(torch.randn(rows, 32))
-        V, _ = torch.linalg.qr(torch.randn(columns, 32))
-        values = torch.linalg.svdvals(orthogonalize((U * torch.logspace(0, -2.5, 32) @ V.mT)[None]))
-        assert 0.65 < values.min() and values.max() < 1.25
-
-
-@pytest.mark.parametrize('shape', [(40, 40), (160, 40), (40, 160)])
-def test_batched_is_one_at_a_time(shape):
-    G = torch.randn(5, *shape)
-    one_at_a_time = torch.stack([orthogonalize(g[None])[0] for g in G])
-    torch.testing.assert_close(orthogonalize(G), one_at_a_time, rtol=0, atol=1e-5)
-
-
-def test_wide_matrices_take_the_iteration_in_its_plain_form():
-    X = torch.randn(2, 32, 128)
-    expected = X / X.norm(dim=(1, 2), keepdim=True)
-    for _ in range(4):
-        A = expected @ expected.mT
-        expected = 3.4445 * expected + (-4.7750 * A + 2.0315 * A @ A) @ expected
-    torch.testing.assert_close(orthogonalize(X, steps=4), expected, rtol=0, atol=1e-5)
-
-
-def test_orthogonalize_keeps_zeros_and_no_scale():
-    assert not orthogonalize(torch.zeros(2, 8, 24)).any()
-    G = torch.randn(2, 8, 24)
-    torch.testing.assert_close(orthogonalize(1e-4 * G), orthogonalize(G), rtol=1e-4, atol=1e-5)
+    assert (inside - torch.diag_embed(diagonal)).abs().max() < 1e-3
+    assert 0.65 < diagonal.min() and diagonal.max() < 1.25
+    for matrix, ours in zip(G, orthogonalize(G, steps=4)):
+        expected = matrix / matrix.norm()
+        for _ in range(4):
+            A = expected @ expected.T
+            expected = 3.4445 * expected + (-4.7750 * A + 2.0315 * A @ A) @ expected
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
+    assert not orthogonalize(torch.zeros_like(G)).any()
 
 
 # the update, against PyTorch's
@@ -134,7 +96,8 @@ def test_adamw_is_torch_optim_adamw_to_the_bit():
             for group in optimizer.param_groups:
                 group['lr'] = 6e-3 / (1 + iteration)
             optimizer.step()
-    assert_equal(everything(ours, optimizers[0]), everything(theirs, optimizers[1]))
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b) and same_tensors(optimizers[0].state[a], optimizers[1].state[b])
 
 
 def test_parameters_without_a_gradient_stay():
@@ -147,34 +110,6 @@ def test_parameters_without_a_gradient_stay():
     optimizer.step()
     for p, old in zip(params, before):
         assert torch.equal(p, old) == any(p is f for f in frozen)
-
-
-# GradScaler
-
-@pytest.mark.parametrize('clips', [True, False])
-def test_grad_scaler_skips_what_is_not_finite(clips):
-    """As with float16: a run whose second gradient is broken is one without it."""
-    def train(iterations):
-        params, optimizer = mixed()
-        scaler = torch.amp.GradScaler('cpu', init_scale=1024.0)
-        for iteration in iterations:
-            before = everything(params, optimizer)
-            give_gradients(params, iteration)
-            for p in params:
-                p.grad *= scaler.scale(torch.ones(()))
-            if iteration == 1:
-                params[0].grad[2, 3] = float('inf')                 # one number of all
-            if clips:
-                scaler.unscale_(optimizer)
-                torch.nn.utils.clip_grad_norm_(params, 10.0)
-            scaler.step(optimizer)
-            scaler.update()                                         # a broken step halves it
-            if iteration == 1:
-                assert_equal(everything(params, optimizer), before)
-        assert scaler.get_scale() == (512 if 1 in iterations else 1024)
-        return everything(params, optimizer)
-
-    assert_equal(train([0, 1, 2]), train([0, 2]))
 
 
 @pytest.mark.parametrize('device', ['cpu', 'cuda'])
@@ -192,28 +127,6 @@ def test_no_step_reads_a_tensor(device):
             optimizer.step()
 
 
-# state
-
-def test_state_round_trip_continues_to_the_bit():
-    params, optimizer = mixed()
-    for iteration in range(3):
-        give_gradients(params, iteration)
-        optimizer.step()
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    others, resumed = mixed()
-    resumed.load_state_dict(torch.load(file, weights_only=True))
-    with torch.no_grad():
-        for p, other in zip(params, others):
-            other.copy_(p)
-    for iteration in range(3, 6):
-        for some, an_optimizer in ((params, optimizer), (others, resumed)):
-            give_gradients(some, iteration)
-            an_optimizer.step()
-    assert_equal(everything(others, resumed), everything(params, optimizer))
-
-
 def test_loaded_step_counts_go_where_the_parameters_are():
     """On CUDA the fused AdamW wants them there; the device 'meta' stands for it."""
     saved = mixed()
@@ -227,27 +140,20 @@ def test_loaded_step_counts_go_where_the_parameters_are():
 
 
 def test_muon_takes_the_matrices_of_the_blocks():
+    """One that was added to a block too."""
     model = GPT(GPTConfig(16, 40, 2, 2, 8, bias=True))
+    model.transformer.h[1].attn.gate = torch.nn.Linear(8, 8)
     names = {p: name for name, p in model.named_parameters()}
     optimizer = configure_muon(model, 0.1, 1e-3, (0.9, 0.95), 0.02, 0.9, 4)
     groups = optimizer.param_groups
     q_k_v, others, decayed, vectors = [[names[p] for p in group['params']] for group in groups]
     blocks = [f'transformer.h.{i}.' for i in range(2)]
     assert q_k_v == [block + 'attn.c_attn.weight' for block in blocks]
-    assert others == [block + matrix + '.weight' for block in blocks
-                      for matrix in ('attn.c_proj', 'mlp.c_fc', 'mlp.c_proj')]
+    matrices = [block + name for block in blocks for name in ('attn.c_proj', 'mlp.c_fc', 'mlp.c_proj')]
+    assert sorted(others) == [f'{name}.weight' for name in sorted([*matrices, 'transformer.h.1.attn.gate'])]
     assert decayed == ['transformer.wte.weight', 'transformer.wpe.weight']
     assert sorted(q_k_v + others + decayed + vectors) == sorted(names.values())
     assert [group['stacked'] for group in groups[:2]] == [3, 1]
     assert [group['lr_ratio'] for group in groups] == [20, 20, 1, 1]
     assert [group['weight_decay'] for group in groups] == [0.1, 0.1, 0.1, 0]
     assert [group['ns_steps'] for group in groups[:2]] == [4, 4]
-
-
-def test_muon_takes_a_matrix_that_was_added_to_a_block():
-    model = GPT(GPTConfig(block_size=8, vocab_size=16, n_layer=2, n_head=2, n_embd=8))
-    model.transformer.h[1].attn.gate = torch.nn.Linear(8, 8)
-    groups = configure_muon(model, 0.1, 1e-3, (0.9, 0.95), 0.02, 0.95, 5).param_groups
-    muon = {id(p) for group in groups if 'momentum' in group for p in group['params']}
-    assert id(model.transformer.h[1].attn.gate.weight) in muon and len(muon) == 9
-    assert id(model.transformer.h[1].attn.gate.bias) not in muon

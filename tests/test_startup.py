@@ -25,26 +25,16 @@ def test_ctrl_c_during_the_imports(checkout, script):
     assert (process.returncode, output) == (-signal.SIGINT, b'')
 
 
-def in_shell(folder, command):
-    """Run a bash command in folder, where python is this one: exit status, stdout, stderr.
-
-    Output is buffered, as it is outside of the tests.
-    """
-    variables = environment()
-    variables.pop('PYTHONUNBUFFERED', None)
-    command = command.replace('python ', f'{sys.executable} ')
-    done = subprocess.run(['bash', '-o', 'pipefail', '-c', command], cwd=folder, env=variables, timeout=120,
-                          capture_output=True, text=True)
-    return done.returncode, done.stdout, done.stderr
-
-
 def test_output_into_head(checkout, tmp_path):
     """Whether the script notices as it prints or only as it ends."""
+    variables = environment()
+    variables.pop('PYTHONUNBUFFERED', None)                         # output is buffered, as outside of tests
     run_script(checkout, 'train.py', *tiny(max_iters=1, out_dir=tmp_path / 'out'))
-    sample = f'python sample.py {tmp_path}/out --device=cpu --max_new_tokens=300'
-    for command in ('python train.py --help | head -1', 'python sample.py --help | head -1',
+    sample = f'sample.py {tmp_path}/out --device=cpu --max_new_tokens=300'
+    for command in ('train.py --help | head -1', 'sample.py --help | head -1',
                     f'{sample} | head -1', f'{sample} --stream=True | head -1', f'{sample} | true'):
-        status, output, errors = in_shell(checkout, command)
-        assert status in (0, 128 + signal.SIGPIPE), command
-        assert len(output.splitlines()) == ('| head' in command), output
-        assert 'Traceback' not in errors and 'Exception' not in errors, errors
+        done = subprocess.run(['bash', '-o', 'pipefail', '-c', f'{sys.executable} {command}'], cwd=checkout,
+                              env=variables, timeout=120, capture_output=True, text=True)
+        assert done.returncode in (0, 128 + signal.SIGPIPE), command
+        assert len(done.stdout.splitlines()) == ('| head' in command), done.stdout
+        assert 'Traceback' not in done.stderr and 'Exception' not in done.stderr, done.stderr

@@ -7,7 +7,7 @@ import warnings
 from unittest.mock import Mock
 
 import pytest
-from conftest import environment, load_state, losses, read_metrics, tiny
+from conftest import environment, load_state, losses, read_metrics, run_script, tiny
 
 import checkpoint
 
@@ -40,15 +40,13 @@ def test_a_path_that_matplotlib_would_take_for_a_formula(run_train):
 
 
 @pytest.mark.parametrize('error', ['ImportError("not installed")', 'AttributeError("_ARRAY_API not found")'])
-def test_a_matplotlib_that_fails_to_import(run_train, monkeypatch, tmp_path, error):
-    """As one does that was built for another NumPy."""
-    (tmp_path / 'matplotlib').mkdir()
-    (tmp_path / 'matplotlib/__init__.py').write_text(f'raise {error}')
-    monkeypatch.syspath_prepend(tmp_path)
-    for name in [name for name in sys.modules if name.split('.')[0] == 'matplotlib']:
-        monkeypatch.delitem(sys.modules, name)
-    with pytest.warns(UserWarning, match='not logged: '):
-        out_dir = run_train()
+def test_a_run_without_matplotlib_and_transformers(checkout, tmp_path, error):
+    """They are not installed, or broken, as by another NumPy than the one they were built for."""
+    for name in ('matplotlib', 'transformers'):
+        (tmp_path / f'{name}.py').write_text(f'raise {error}')
+    out_dir = tmp_path / 'out'
+    output = run_script(checkout, 'train.py', *tiny(out_dir=out_dir), env={'PYTHONPATH': str(tmp_path)})
+    assert 'not logged: ' in output
     assert load_state(out_dir)['iter_num'] == 20 and not list(out_dir.glob('loss.png*'))
 
 
