@@ -156,8 +156,12 @@ def write_profile(job):
     with torch.profiler.profile() as trace:
         alternate({'profile': step}, 1, 5, device)
     trace.export_chrome_trace('bench-trace.json')
-    order = 'self_device_time_total' if device.type == 'cuda' else 'self_cpu_time_total'
-    print(trace.key_averages().table(order, row_limit=10, max_name_column_width=40))
+    unit = 'self_device_time_total' if device.type == 'cuda' else 'self_cpu_time_total'
+    times = {event.key: getattr(event, unit) for event in trace.key_averages() if not event.is_user_annotation
+             and (event.device_type.name == 'CUDA') == (device.type == 'cuda')}
+    print(f"\n{'the most expensive operations':57}{'ms a step':>12}{'share':>10}")
+    for name, time_us in sorted(times.items(), key=lambda item: -item[1])[:10]:
+        print(f"{name[:56]:57}{time_us / 5000:>12.2f}{time_us / sum(times.values()):>10.1%}")
 
 
 def bench():

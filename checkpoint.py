@@ -18,7 +18,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, fields
 from itertools import count
 from pathlib import Path
@@ -64,12 +64,15 @@ def link(source: Path, target: Path) -> None:
 
 # ---- writing ------------------------------------------------------------------------------------------
 
-class RunFolder:
-    """A run's out_dir, locked until the object is collected or the process ends."""
+class RunFolder(AbstractContextManager):
+    """A run's out_dir, which is locked while the context lasts."""
 
     def __init__(self, out_dir: str | Path, is_new: bool):
         self.path = Path(out_dir)
         self.claim(is_new)
+
+    def __exit__(self, *error) -> None:
+        self.lock.release()
 
     def claim(self, is_new: bool) -> None:
         """Make and lock the folder; a new run moves what an earlier one left to previous/, previous-2/, ...

@@ -33,12 +33,13 @@ import checkpoint
 import runtime
 from dataset import load_split, tokenizer
 
+BATCH_TOKENS = 2**13           # of a forward pass at most
 
 @torch.no_grad()
 def token_losses(model, machine, x, y):
     """The loss in nats of each token y (B, T), given its row x (B, T) up to there: (B, T) float64, CPU."""
     T, losses = x.size(1), []
-    rows = max(1, min(2**13, 2**28 // model.config.vocab_size) // T)  # 1 GiB of logits at most
+    rows = max(1, min(BATCH_TOKENS, 2**28 // model.config.vocab_size) // T)  # 1 GiB of logits at most
     batches = list(zip(x.split(rows), y.split(rows)))
     for x, y in tqdm(batches, f"windows of {T}", leave=False, disable=None):  # in a terminal only
         x, y = machine.to_device(x), machine.to_device(y)
@@ -77,7 +78,8 @@ def evaluate():
     if meta is None or 'stoi' in meta:                              # else the ids may stand for anything
         n_bytes = len(tok.decode_bytes(ids[1:].tolist()))
         result['bits_per_byte'] = losses.sum().item() / math.log(2) / n_bytes
-    print(dumps(result) if json else '\n'.join(f'{key}: {value}' for key, value in result.items()))
+    rounded = {key: round(value, 4) if type(value) is float else value for key, value in result.items()}
+    print(dumps(result) if json else '\n'.join(f'{key}: {value}' for key, value in rounded.items()))
 
 
 if __name__ == '__main__':

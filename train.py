@@ -97,9 +97,9 @@ IS_RESTART = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0  # of a to
 # ---- where a run starts -------------------------------------------------------------------------------
 
 def claim(machine):
-    """The out_dir, which this run now holds, or None in a process that writes nothing."""
+    """A context in which out_dir belongs to this run: a RunFolder, or None where nothing is written."""
     if eval_only or not machine.is_master:
-        return None
+        return nullcontext()
     goes_back = init_from.endswith('.pt') and Path(init_from).parent.resolve() == Path(out_dir).resolve()
     is_new = not (goes_back or IS_RESTART or init_from in ('resume', 'auto'))
     return checkpoint.RunFolder(out_dir, is_new)
@@ -292,8 +292,7 @@ def log(record, machine, folder, wandb):
 
 def train():
     """Train as the settings say."""
-    with runtime.processes(device, dtype, compile, backend, timeout) as machine:
-        folder = claim(machine)
+    with runtime.processes(device, dtype, compile, backend, timeout) as machine, claim(machine) as folder:
         # model, data, optimizer
         meta = load_meta(dataset)
         load_split(dataset, 'train', 1, meta)                       # not there? Before weights are loaded

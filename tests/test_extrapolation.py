@@ -31,9 +31,9 @@ def naive_loss(model, start, place):
 @pytest.mark.parametrize('W', [16, 24, 128])
 def test_losses_equal_one_forward_for_each_target(W, positions, monkeypatch):
     """The slow way: for each target a forward pass over exactly the tokens before it in its window."""
-    monkeypatch.setattr(script, 'BATCH_TOKENS', 50)                 # several batches, the last one smaller
+    monkeypatch.setattr('eval.BATCH_TOKENS', 50)                 # several batches, the last one smaller
     model = small(**positions)
-    whole = script.whole_split_losses(model, MACHINE, DATA, W)
+    whole = script.whole_text_losses(model, MACHINE, DATA, W)
     assert len(whole) == 300
     for t in [0, 1, 15, 16, 100, 127, 128, 255, 256, 298, 299]:     # of target t + 1
         assert whole[t].item() == pytest.approx(naive_loss(model, t // W * W, t + 1), abs=1e-5)

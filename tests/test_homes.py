@@ -1,4 +1,4 @@
-"""What people bring from nanoGPT's forks: the config files and data sets of homes/, each of a real one's form."""
+"""What people bring from nanoGPT's forks: homes/ has config files and data sets in the form of real ones."""
 import pytest
 from conftest import REPO, arguments, error_line, evaluations, run_script, tiny
 from homes import data
@@ -52,8 +52,8 @@ def test_a_config_file_with_unknown_names(capsys):
 def test_a_data_set(checkout, tmp_path, make, prompt, printed):
     """It trains, resumes from its own config.py, and writes text; where there is no tokenizer, ids."""
     data.write(make, checkout / 'data' / make.__name__)
-    settings = tiny(dataset=make.__name__, out_dir=tmp_path, n_embd=8, max_iters=2, eval_interval=2, dropout=0.0)
-    run_script(checkout, 'train.py', *settings)
+    settings = dict(dataset=make.__name__, out_dir=tmp_path, n_embd=8, max_iters=2, eval_interval=2)
+    run_script(checkout, 'train.py', *tiny(**settings))
     run_script(checkout, 'train.py', tmp_path / 'config.py', '--init_from=resume', '--max_iters=4')
     assert [record['iter'] for record in evaluations(tmp_path)] == [0, 2, 4]
     options = arguments(out_dir=tmp_path, num_samples=1, max_new_tokens=5, device='cpu')

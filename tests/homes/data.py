@@ -35,7 +35,8 @@ def gaps():
     """Ids that no text has, below and above those in use."""
     ids, meta = characters()
     stoi = {c: 2 * i + 3 for c, i in meta['stoi'].items()}
-    return [2 * i + 3 for i in ids], {'vocab_size': 100, 'stoi': stoi, 'itos': {i: c for c, i in stoi.items()}}
+    itos = {i: c for c, i in stoi.items()}
+    return [2 * i + 3 for i in ids], {'vocab_size': 100, 'stoi': stoi, 'itos': itos}
 
 
 def one_id_for_two():
