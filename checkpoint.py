@@ -165,7 +165,10 @@ def find(out_dir: str | Path, names: tuple = ('ckpt.pt', 'last.pt')) -> Path:
 
 
 def load(path: str | Path) -> dict:
-    """Read a checkpoint, ours or nanoGPT's, to the CPU, running no code in it. Adds the keys path, hash."""
+    """Read a checkpoint, ours or nanoGPT's, to the CPU, running no code in it.
+
+    Adds path, hash and, from data/, a missing meta. Raises UserError for a file that cannot be used.
+    """
     try:
         with zipfile.ZipFile(path) as archive:                      # torch.load looks at none of this
             entries = archive.infolist()
@@ -174,12 +177,17 @@ def load(path: str | Path) -> dict:
         state = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
         state['hash'] = hashlib.sha256(repr([(e.filename, e.CRC) for e in entries]).encode()).hexdigest()
         state.update(path=Path(path), config=state.get('config', {}))
+        dataset = state['config'].get('dataset', '')
         weights, _ = state['model'], state['model_args']['vocab_size']
         broken = [name for name, weight in weights.items() if not weight.float().sum().isfinite()]
     except Exception as error:                                      # damaged files raise almost anything
         raise UserError(f"{path} is damaged or not a checkpoint: {error!r}") from error
     if broken:
         raise UserError(f"{path}: {broken[0]} is not finite. Use an earlier checkpoint")
+    if 'meta' not in state:                                         # nanoGPT's files have none
+        state['meta'] = load_meta(dataset)
+    if state['meta'] is None and state['model_args']['vocab_size'] < 50257:
+        raise UserError(f"{path}: its token ids are not GPT-2's, and there is no data/{dataset}/meta.pkl")
     return state
 
 
@@ -205,17 +213,6 @@ def load_model(name: str | Path) -> tuple[GPT, dict]:
         return pretrained(name).eval(), {'path': Path(name), 'iter_num': 0, 'config': {}, 'meta': None}
     state = load(find(name))
     return build_model(state).eval(), state
-
-
-def data_meta(state: dict) -> dict | None:
-    """The meta of a checkpoint's training data: its own, else (in nanoGPT's files) that of the folder."""
-    if 'meta' in state:
-        return state['meta']
-    name = state['config'].get('dataset', '')
-    meta, vocab_size = load_meta(name), state['model_args']['vocab_size']
-    if meta is None and vocab_size < 50257:
-        raise UserError(f"the {vocab_size} token ids are not GPT-2's, and there is no data/{name}/meta.pkl")
-    return meta
 
 
 def pretrained(name: str, dropout: float = 0.0) -> GPT:

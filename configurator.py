@@ -35,8 +35,8 @@ def convert(key: str, value: object, default: object) -> object:
     if type(value) is str:
         with suppress(SyntaxError, ValueError):
             literal = ast.literal_eval(value)
-            is_meant = type(default) is not str or default == 'auto' or type(literal) is str
-            value = literal if is_meant else value                  # --start=123 is a str
+            if type(default) is not str or default == 'auto' or type(literal) is str:
+                value = literal
     if type(value).__module__ in ('numpy', 'torch'):
         value = value.item()
     if type(default) is float and type(value) is int:

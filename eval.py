@@ -64,7 +64,7 @@ def evaluate():
         raise UserError("give the folder of a run, such as python eval.py out-shakespeare-char")
     machine = runtime.set_up(device, dtype, compile=False)
     model, state = checkpoint.load_model(paths[0])
-    meta = checkpoint.data_meta(state)
+    meta = state['meta']
     tok = tokenizer(meta)
     if len(paths) == 2:
         source = paths[1]

@@ -106,7 +106,7 @@ For lm_eval's likelihoods, a model of characters needs `--model_args pretrained=
 def export():
     """Write the folder, complete or not at all."""
     model, state = checkpoint.load_model((runs or [out_dir])[-1])
-    meta, source = checkpoint.data_meta(state), state['path'].parent.resolve()
+    meta, source = state['meta'], state['path'].parent.resolve()
     target = Path(hf_dir or source.with_name('hf-' + source.name.removeprefix('out-'))).absolute()
     tokenizer = make_tokenizer(meta)
     peer = convert(model, tokenizer.token_to_id(END))

@@ -171,14 +171,13 @@ class HeadLoss(torch.autograd.Function):
         dx, dw, loss, n = torch.empty_like(x), torch.zeros_like(weight), 0.0, (targets != -1).sum()
         for x_rows, y, dx_rows in zip(x.split(rows), targets.split(rows), dx.split(rows)):
             logits = F.linear(x_rows, weight)                       # (rows, V), in 16 bits under autocast
-            logp, dtype = F.log_softmax(logits, dim=-1, dtype=torch.float32), logits.dtype
-            del logits                                              # they are as large as all the rest
+            logp = F.log_softmax(logits, dim=-1, dtype=torch.float32)
             loss = loss + F.nll_loss(logp, y, ignore_index=-1, reduction='sum')
             if not with_gradient:
                 continue
             keep = (y != -1).float()[:, None]                       # (rows, 1)
             dlogits = logp.exp_().scatter_add_(1, y.clamp(min=0)[:, None], -torch.ones_like(keep)).mul_(keep)
-            dlogits = dlogits.to(dtype)
+            dlogits = dlogits.to(logits.dtype)
             dx_rows.copy_(dlogits @ weight)
             if dlogits.dtype == dw.dtype:
                 dw.addmm_(dlogits.t(), x_rows)

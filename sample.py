@@ -55,7 +55,7 @@ def generate():
     sys.stdout.reconfigure(encoding='utf-8', errors='replace')      # whatever the terminal says it is
     machine = runtime.set_up(device, dtype, compile)
     model, state = checkpoint.load_model((runs or [out_dir])[-1] if init_from == 'resume' else init_from)
-    model, tok = model.to(machine.device), tokenizer(checkpoint.data_meta(state))
+    model, tok = model.to(machine.device), tokenizer(state['meta'])
     print(f"{state['path']}, {model.get_num_params() / 1e6:.2f}M parameters; {machine}", file=sys.stderr)
     prompt, stop_ids = encode_prompt(tok), tok.encode(stop)
     if not prompt or len(stop_ids) > 1:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 # settings
 runs = []                      # the folders of runs; if there are none, models are trained
 out_dir = ''                   # one more folder
-dataset = ''                   # a folder of data/; '': the one that the models were trained on
+dataset = ''                   # a folder of data/; '': the one that the first model was trained on
 lengths = '1,1.5,2,4,8'        # of the windows, as multiples of the trained length
 training = 'config/train_shakespeare_char_fast.py'  # the config of the models trained here
 seeds = 1                      # models of each kind that are trained here, with seed, seed + 1, ...
@@ -180,7 +180,7 @@ def plot(results, path):
 
 def print_sample(method, machine, data):
     """A text of four times the trained length, with a mark where the trained length ends."""
-    L, tok = method.L, tokenizer(checkpoint.data_meta(method.states[0]))
+    L, tok = method.L, tokenizer(method.states[0]['meta'])
     start = machine.to_device(data[None, :min(8, L)])               # (1, 8)
     generator = torch.Generator(machine.device).manual_seed(runtime.derive_seed(seed, runtime.SAMPLE))
     with machine.autocast():
@@ -229,14 +229,12 @@ def load_methods(folders, machine):
 def load_data(methods):
     """The name of the data set, and the first val_tokens of its val split, (N,) int64. Raises UserError."""
     states = [state for method in methods for state in method.states]
-    names = sorted({dataset or state['config'].get('dataset', '') for state in states})
-    if len(names) > 1:
-        raise UserError(f"the models were trained on {', '.join(names)}: choose one with --dataset")
-    meta = load_meta(names[0])
-    data = load_split(names[0], 'val', max(method.L for method in methods), meta)
-    if any(checkpoint.data_meta(state) != meta for state in states):
-        raise UserError(f"data/{names[0]} has a different vocabulary from the models' training data")
-    return names[0], torch.from_numpy(data[:val_tokens].astype('int64'))
+    name = dataset or states[0]['config'].get('dataset', '')
+    meta = load_meta(name)
+    if any(state['meta'] != meta for state in states):
+        raise UserError(f"data/{name} has a different vocabulary from the models' training data")
+    data = load_split(name, 'val', max(method.L for method in methods), meta)
+    return name, torch.from_numpy(data[:val_tokens].astype('int64'))
 
 
 def extrapolate():
