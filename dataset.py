@@ -8,7 +8,7 @@ import hashlib
 import pickle
 import re
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -47,13 +47,30 @@ def fingerprint(data: np.ndarray) -> dict:
     return {'tokens': len(data), 'sha256': hashlib.sha256(blocks).hexdigest()}
 
 
-def draw_batch(data: np.memmap, batch_size: int, block_size: int, vocab_size: int,
-               seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets of batch_size random windows: two (batch_size, block_size) int64 tensors on the CPU.
+@lru_cache(maxsize=2)
+def epoch_order(n_tokens: int, block_size: int, seed: int, epoch: int) -> np.ndarray:
+    """Where the windows of an epoch start, (n,): side by side from a random offset, in a random order."""
+    rng, n = np.random.default_rng([seed, epoch]), max(1, n_tokens // block_size - 1)
+    offset = rng.integers(min(block_size, n_tokens - n * block_size))
+    return offset + block_size * rng.permutation(n)
 
-    The windows depend on the seed alone. Raises UserError for an id that the model has no embedding for.
+
+def epoch_starts(n_tokens: int, block_size: int, seed: int, first: int, batch_size: int) -> list[int]:
+    """The starts of windows first, first + 1, ... of a run that reads each token once in an epoch."""
+    n = max(1, n_tokens // block_size - 1)
+    return [epoch_order(n_tokens, block_size, seed, i // n)[i % n] for i in range(first, first + batch_size)]
+
+
+def draw_batch(data: np.memmap, batch_size: int, block_size: int, vocab_size: int, seed: int,
+               starts: list[int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets of batch_size windows: two (batch_size, block_size) int64 tensors on the CPU.
+
+    starts: by default random ones, which depend on the seed alone. Raises UserError for an id that the model
+    has no embedding for.
     """
-    starts = np.random.default_rng(seed).integers(len(data) - block_size, size=batch_size)
+    if starts is None:
+        starts = np.random.default_rng(seed).integers(len(data) - block_size, size=batch_size)
+    starts = np.asarray(starts)
     windows = data[starts[:, None] + np.arange(block_size + 1)]     # (batch_size, block_size + 1)
     if windows.max() >= vocab_size:
         row, column = np.argwhere(windows >= vocab_size)[0]

@@ -55,7 +55,10 @@ class Muon(torch.optim.Optimizer):
                 self._adamw(params, group)
                 continue
             for shape in dict.fromkeys(p.shape for p in params):
-                self._muon([p for p in params if p.shape == shape], group)
+                alike = [p for p in params if p.shape == shape]
+                n = max(1, 2**26 // shape.numel())                  # at once: GPT-2 XL's would take gigabytes
+                for first in range(0, len(alike), n):
+                    self._muon(alike[first:first + n], group)
 
     def _states(self, params, name):
         """What is kept under `name` for each of the params, zeros at first."""

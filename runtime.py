@@ -112,7 +112,7 @@ class Machine(NamedTuple):
     def distribute(self, model: torch.nn.Module) -> torch.nn.Module:
         """The model, in DistributedDataParallel if there are several processes."""
         if self.world_size > 1:
-            model = DistributedDataParallel(model)
+            model = DistributedDataParallel(model, gradient_as_bucket_view=True)
             model.require_forward_param_sync = False                # buffers never change
         return model
 

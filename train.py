@@ -39,6 +39,7 @@ wandb_run_name = 'gpt2'        # and this name
 dataset = 'openwebtext'        # a folder of data/
 gradient_accumulation_steps = 5 * 8  # micro-batches of an iteration, in all processes together
 batch_size = 12                # sequences in a micro-batch
+sampling = 'random'            # windows of the text; or epochs: each token once, then again in a new order
 block_size = 1024              # tokens in a sequence
 # model
 n_layer = 12                   # blocks
@@ -67,6 +68,7 @@ min_lr = 6e-5                  # about learning_rate / 10, as in Chinchilla
 # system
 seed = 1337                    # initial weights, batches and dropout follow from it
 backend = 'auto'               # of torch.distributed: nccl or gloo
+shard_optimizer = False        # keep a part of the optimizer's state in each process: less memory
 timeout = 1800                 # seconds that a process waits for the others, one of which may be saving
 device = 'auto'                # cpu, cuda, cuda:1, mps
 dtype = 'auto'                 # float32, bfloat16, or float16 with a gradient scaler
@@ -78,10 +80,11 @@ from configurator import UserError, configure
 setting_names = configure(globals())
 
 import torch
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import checkpoint
 import runtime
-from dataset import draw_batch, fingerprint, load_meta, load_split
+from dataset import draw_batch, epoch_starts, fingerprint, load_meta, load_split
 from model import GPT, GPTConfig
 from optimizer import configure_muon
 from runtime import derive_seed
@@ -168,6 +171,8 @@ def make_optimizer(model, saved, machine):
         opt = model.configure_optimizers(weight_decay, learning_rate, betas, machine.device.type)
     else:
         raise UserError(f"optimizer must be adamw or muon, got {optimizer!r}")
+    if shard_optimizer and machine.world_size > 1:                  # ZeRO, stage 1 (Rajbhandari et al. 2020)
+        opt = ZeroRedundancyOptimizer(opt.param_groups, type(opt))
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == 'float16')
     if saved:
         groups = [{**new, 'params': old['params']}
@@ -308,6 +313,8 @@ def train():
         if gradient_accumulation_steps < machine.world_size:
             raise UserError(f"gradient_accumulation_steps={gradient_accumulation_steps} is too small for "
                             f"{machine.world_size} processes: make it a multiple of their number")
+        if sampling not in ('random', 'epochs'):
+            raise UserError(f"sampling must be random or epochs, got {sampling!r}")
         raw_model.train().to(machine.device)
         opt, scaler = make_optimizer(raw_model, saved, machine)
         params = list(raw_model.parameters())
@@ -336,8 +343,11 @@ def train():
         stop = runtime.StopSignals()
 
         def get_batch(split, purpose, k):
+            starts = None
+            if sampling == 'epochs' and purpose == runtime.TRAIN_BATCH:
+                starts = epoch_starts(len(splits[split]), T, seed, k * batch_size, batch_size)
             x, y = draw_batch(splits[split], batch_size, T, raw_model.config.vocab_size,
-                              derive_seed(seed, purpose, k))
+                              derive_seed(seed, purpose, k), starts)
             return machine.to_device(x), machine.to_device(y)       # (batch_size, T) each
 
         def get_micro_batch(i):
@@ -347,6 +357,8 @@ def train():
             return get_batch('train', runtime.TRAIN_BATCH, k)
 
         def save(is_best=False, keep=0):
+            if isinstance(opt, ZeroRedundancyOptimizer):
+                opt.consolidate_state_dict()                        # in the process that writes
             if folder:
                 folder.save(dict(
                     model=raw_model.state_dict(), optimizer=opt.state_dict(), scaler=scaler.state_dict(),
