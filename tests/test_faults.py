@@ -345,24 +345,23 @@ def test_a_stuck_process_ends_the_run(checkout, tmp_path, stuck):
     assert process.returncode == 1
 
 
-# a config
-SLOW = """
-import checkpoint, dataset
-def slow_draw(*args, draw=dataset.draw_batch, draws=[]):
+SLOW_CONFIG = """
+import checkpoint, dataset as data  # `dataset` is a setting
+def slow_draw(*args, draw=data.draw_batch, draws=[]):
     draws.append(args)
     time.sleep(1.5 if len(draws) <= 8 else 0)
     return draw(*args)
 def slow_save(self, state, *args, save=checkpoint.RunFolder.save):
     time.sleep(6 if state['iter_num'] == 1 else 0)
     save(self, state, *args)
-dataset.draw_batch, checkpoint.RunFolder.save = slow_draw, slow_save
+data.draw_batch, checkpoint.RunFolder.save = slow_draw, slow_save
 """
 
 
 @pytest.mark.slow
 def test_a_long_evaluation_or_save_is_not_a_stuck_process(checkout, tmp_path):
     """With timeout=10 the first evaluation takes 12 seconds, in steps of 1.5, and the first save 6."""
-    (tmp_path / 'slow.py').write_text(SLOW)
+    (tmp_path / 'slow.py').write_text(SLOW_CONFIG)
     options = tiny(max_iters=3, save_interval=1, eval_iters=8, timeout=10, out_dir=tmp_path / 'out')
     begin = time.monotonic()
     output = torchrun(checkout, 2, 'train.py', tmp_path / 'slow.py', *options, timeout=120)
