@@ -1,6 +1,6 @@
 """What the tests share: a checkout with a data set, and ways to run its scripts. All offline, on the CPU."""
-import atexit
 import functools
+import hashlib
 import importlib.util
 import json
 import os
@@ -44,6 +44,12 @@ def checkout(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def fresh(checkout, tmp_path):
+    """A checkout with nothing prepared."""
+    return shutil.copytree(checkout, tmp_path / 'fresh', ignore=shutil.ignore_patterns('*.bin', '*.pkl'))
+
+
 @pytest.fixture(scope='session')
 def bpe_files(tmp_path_factory):
     """Environment variables that let tiktoken find GPT-2's vocabulary offline, in a package that has it."""
@@ -74,11 +80,8 @@ def run_train(checkout, monkeypatch, tmp_path):
 @pytest.fixture(autouse=True)
 def own_signals():
     """Ignore no signal, although nohup or a shell's & may, and restore the handlers that a run replaces."""
-    before = {number: signal.getsignal(number)
+    before = {number: signal.signal(number, signal.default_int_handler)
               for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)}
-    for number, handler in before.items():
-        if handler == signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -104,9 +107,7 @@ def environment(**variables):
 @functools.cache
 def forked():
     """Where scripts run in forks, which spares each the seconds that its imports take."""
-    server = Forked(environment())
-    atexit.register(server.close)
-    return server
+    return Forked(environment())
 
 
 def run_script(folder, *args, status=0, env=None, timeout=240):
@@ -167,14 +168,7 @@ def load_state(out_dir, name='last.pt'):
     return torch.load(Path(out_dir) / name, weights_only=True)
 
 
-def weights(out_dir):
-    return load_state(out_dir)['model']
-
-
-def same_tensors(a, b):
-    """Whether two state dicts are equal, bit for bit."""
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
-def same_weights(out_dir, other):
-    return same_tensors(weights(out_dir), weights(other))
+def weights(out_dir, name='last.pt'):
+    """A hash of the checkpoint's weights: equal ones are equal bit for bit."""
+    model = load_state(out_dir, name)['model']
+    return hashlib.sha256(b''.join(key.encode() + model[key].numpy().tobytes() for key in model)).hexdigest()

@@ -1,9 +1,8 @@
 """Config files and --key=value over a script's settings."""
 import re
-import shutil
 
 import pytest
-from conftest import REPO, error_line, run_script
+from conftest import error_line, run_script
 
 from configurator import UserError, configure
 
@@ -32,7 +31,6 @@ def config(tmp_path):
     ('--max_iters=5', {'max_iters': 5}),
     ('--max_iters=600_000', {'max_iters': 600000}),
     ('--learning_rate=1', {'learning_rate': 1.0}),
-    ('--learning_rate=6e-4', {'learning_rate': 6e-4}),
     ('--bias=True', {'bias': True}),
     ('--compile=False', {'compile': False}),
     ('--start=123', {'start': '123'}),
@@ -67,13 +65,11 @@ def test_good_config_files(config, text, expected):
     ('--max_iter=5', ['max_iter', "'max_iters'", '--help']),
     ('--max_iters=5.5', ['max_iters', '5.5', 'int']),
     ('--max_iters=True', ['max_iters', 'True', 'int']),
-    ('--max_iters=', ['max_iters', 'int']),
     ('--learning_rate=fast', ['learning_rate', 'fast', 'float']),
     ('--bias=true', ['bias', 'true', 'bool']),
     ('--bias', ['--bias', '--key=value']),
     ('train_shakespeare', ['train_shakespeare', '.py']),
     ('max_iters = "seven"', ["'seven'", 'int']),
-    ('max_iters = None', ['max_iters', 'None', 'int']),
     ('out_dir = 5', ['out_dir', '5', 'str']),
     ('tokens = 5', ['c.py', "'tokens'", 'begin with _']),
 ])
@@ -114,14 +110,11 @@ def test_arguments_without_dashes(config):
 # the scripts
 
 @pytest.fixture(scope='module')
-def fork(tmp_path_factory):
-    """A folder with the scripts, a config of train.py's, and somebody's script in nanoGPT's way."""
-    folder = tmp_path_factory.mktemp('fork')
-    for path in REPO.glob('*.py'):
-        shutil.copy(path, folder)
-    (folder / 'c.py').write_text('n_heads = 3\n')
-    (folder / 'mine.py').write_text("n_heads = 5\nexec(open('configurator.py').read())\nprint(n_heads)\n")
-    return folder
+def fork(checkout):
+    """The scripts, a config of train.py's, and somebody's script in nanoGPT's way."""
+    (checkout / 'c.py').write_text('n_heads = 3\n')
+    (checkout / 'mine.py').write_text("n_heads = 5\nexec(open('configurator.py').read())\nprint(n_heads)\n")
+    return checkout
 
 
 def test_unknown_settings_stop_train_alone(fork):

@@ -9,6 +9,7 @@ import pytest
 from conftest import REPO, environment, run_script, torchrun
 from forked import Forked
 from prepare_text import char_meta, write_splits
+from test_gpt2 import save_gpt2
 
 DOCUMENTS = ['README.md', 'CONTRIBUTING.md', 'docs/robustness.md', 'docs/alibi.md', 'docs/performance.md']
 COMMAND = re.compile(r'(python|torchrun|\.venv/bin/python) .*\.py|python -c .|(pip|make|bash|sbatch) .')
@@ -36,10 +37,6 @@ SMALL = {
                  '--eval_iters=1', '--compile=False', '--wandb_log=False'],
     'sample.py': ['--max_new_tokens=5', '--num_samples=1', '--device=cpu'],
     'bench.py': [*SMALL_MODEL, '--blocks=1', '--steps=1', '--max_new_tokens=2', '--compile=False'],
-    'export_hf.py': [],
-    'plot.py': [],
-    'data/pycode_char/prepare.py': [],
-    'data/prepare_text.py': [],
     'sample_alibi_extrapolation.py': ['--sliding_targets=20', '--device=cpu'],
 }
 
@@ -57,18 +54,10 @@ def commands():
     return list(dict.fromkeys(code for code in blocks + inline if COMMAND.match(code)))
 
 
-def reason_not_to_run(command):
-    """Why the command isn't run, or None."""
-    if '--data_files' in command or 'out-shakespeare-char-alibi' in command:
-        return None
-    return next((reason for start, reason in NOT_RUN.items() if command.startswith(start)), None)
-
-
-def small(arguments):
-    """What is added to a script's arguments to make it small."""
-    if '--data_files' in arguments:
-        return ['--num_proc=1']
-    return SMALL[arguments[0]]
+def is_run(command):
+    """Whether the command is run here."""
+    exceptions = ('--data_files', 'out-shakespeare-char-alibi')
+    return not command.startswith(tuple(NOT_RUN)) or any(words in command for words in exceptions)
 
 
 @pytest.fixture(scope='module')
@@ -92,14 +81,12 @@ def folder(checkout, bpe_files, tmp_path_factory):
 @pytest.fixture(scope='module')
 def hub(tmp_path_factory):
     """A Hugging Face cache with small models under GPT-2's names."""
-    from transformers import GPT2Config, GPT2LMHeadModel
     home = tmp_path_factory.mktemp('hub')
-    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, n_positions=32))
     for name in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'):
         cache = home / 'hub' / f'models--{name}'
         (cache / 'refs').mkdir(parents=True)
         (cache / 'refs/main').write_text('0' * 40)
-        model.save_pretrained(cache / 'snapshots' / ('0' * 40))
+        save_gpt2(cache / 'snapshots' / ('0' * 40), vocab_size=50257, n_layer=1, n_head=1, n_embd=8)
     return {'HF_HOME': str(home), 'HF_HUB_OFFLINE': '1'}
 
 
@@ -107,11 +94,9 @@ def hub(tmp_path_factory):
 def test_every_command_of_the_documents(folder, bpe_files, hub):
     env = bpe_files | hub
     server = Forked(environment(**env))
-    run, skipped = [], []
-    for command in commands():
-        if reason_not_to_run(command):
-            skipped.append(command)
-            continue
+    run = [command for command in commands() if is_run(command)]
+    skipped = [command for command in commands() if not is_run(command)]
+    for command in run:
         program, *arguments = shlex.split(command)
         if program == 'torchrun':
             script = next(i for i, argument in enumerate(arguments) if argument.endswith('.py'))
@@ -121,12 +106,10 @@ def test_every_command_of_the_documents(folder, bpe_files, hub):
             run_script(folder, '-c', arguments[1].replace('max_new_tokens=50', 'max_new_tokens=5'), env=env)
         else:
             assert program == 'python', command
-            server.start(folder, arguments + small(arguments))
+            more = ['--num_proc=1'] if '--data_files' in arguments else SMALL.get(arguments[0], [])
+            server.start(folder, arguments + more)
             status, output = server.finish()
             assert status == 0, f"{command}\n{output[-3000:]}"
-        run.append(command)
-    server.close()
     assert len(run) > 30, run
     unused = [start for start in NOT_RUN if not any(command.startswith(start) for command in skipped)]
     assert not unused, f"NOT_RUN holds what no document says: {unused}"
-    print(f"{len(run)} commands run, {len(skipped)} listed:", *skipped, sep='\n')

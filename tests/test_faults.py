@@ -1,5 +1,4 @@
 """What can break a run: signals, kills, full disks, damaged files, NaN, dead processes."""
-import io
 import os
 import random
 import resource
@@ -9,24 +8,20 @@ import socket
 import subprocess
 import sys
 import time
-import zipfile
 from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from conftest import (
-    VOCAB_SIZE,
     assert_close_losses,
     environment,
     forked,
     load_state,
     losses,
-    read_metrics,
     run_script,
-    same_tensors,
-    same_weights,
     tiny,
     torchrun,
     weights,
@@ -41,11 +36,11 @@ RUINOUS = dict(learning_rate=1e20, min_lr=1e20, warmup_iters=0)     # after one 
 TWO = ['--standalone', '--nproc_per_node=2']                        # torchrun's options for two processes
 
 
-def start(folder, *args, script='train.py', torchrun=(), preexec=None):
+def start(folder, *args, torchrun=(), preexec=None):
     """Start train.py as a user does, without waiting; under torchrun if there are options for it."""
     launcher = ['-m', 'torch.distributed.run', *torchrun] if torchrun else []
     return subprocess.Popen(
-        [sys.executable, *launcher, script, *args], cwd=folder, env=environment(PYTHONUNBUFFERED='1'),
+        [sys.executable, *launcher, 'train.py', *args], cwd=folder, env=environment(PYTHONUNBUFFERED='1'),
         text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=preexec)
 
 
@@ -59,9 +54,9 @@ def read_until(process, words):
     raise AssertionError(f"no {words!r} in:\n{output}")
 
 
-def children(process):
+def children(pid):
     """The ids of a process's children."""
-    return [int(pid) for pid in Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()]
+    return [int(child) for child in Path(f'/proc/{pid}/task/{pid}/children').read_text().split()]
 
 
 def at_batch(monkeypatch, index, action):
@@ -86,35 +81,25 @@ def send_signal_at(monkeypatch, index, number=signal.SIGTERM):
 
 # interruption
 
-@pytest.mark.parametrize('number, dtype', [
-    (signal.SIGTERM, 'float32'), (signal.SIGINT, 'float16'),
-    (signal.SIGHUP, 'float32'), (signal.SIGUSR1, 'float16')])
+@pytest.mark.parametrize('number, dtype, max_iters, reached, index', [
+    (signal.SIGTERM, 'float32', 20, 7, 1), (signal.SIGINT, 'float16', 20, 7, 1),
+    # during an evaluation, in the middle and at the end
+    (signal.SIGHUP, 'float32', 20, 10, 2), (signal.SIGUSR1, 'float16', 10, 10, 2),
+])
 def test_a_signal_stops_before_the_update_saves_and_resumes_to_the_bit(
-        run_train, monkeypatch, capfd, number, dtype):
-    """The signal arrives in the first micro-batch of iteration 7, which the resumed run then makes."""
+        run_train, monkeypatch, capfd, number, dtype, max_iters, reached, index):
+    """The signal arrives with a batch of iteration `reached`, which the resumed run then makes."""
     whole = run_train('whole', dtype=dtype)
     with monkeypatch.context() as patch:
-        send_signal_at(patch, index=4 + 2 * 7 + 1, number=number)
-        parts = run_train('parts', dtype=dtype)
-    assert load_state(parts)['iter_num'] == 7
+        send_signal_at(patch, 4 + 2 * reached + index, number)
+        parts = run_train('parts', dtype=dtype, max_iters=max_iters)
+    assert load_state(parts)['iter_num'] == reached
+    assert losses(parts)[-1][2] is None                             # that of an update, not an evaluation
     output, errors = capfd.readouterr()
     assert f'{number.name}: stopping' in errors
-    assert 'interrupted at iteration 7: resume with --init_from=resume' in output
+    assert f'interrupted at iteration {reached}: resume with --init_from=resume' in output
     run_train('parts', dtype=dtype, init_from='resume')
-    assert same_weights(whole, parts) and losses(whole) == losses(parts)
-
-
-@pytest.mark.parametrize('max_iters', [20, 10])
-def test_a_signal_during_an_evaluation(run_train, monkeypatch, max_iters):
-    """The evaluation at iteration 10, perhaps the last, is left unfinished, and the resumed run makes it."""
-    whole = run_train('whole')
-    with monkeypatch.context() as patch:
-        send_signal_at(patch, index=4 + 2 * 10 + 2)
-        parts = run_train('parts', max_iters=max_iters)
-    assert load_state(parts)['iter_num'] == 10
-    assert losses(parts)[-1][2] is None                             # that of an update, not an evaluation
-    run_train('parts', init_from='resume')
-    assert same_weights(whole, parts) and losses(whole) == losses(parts)
+    assert weights(whole) == weights(parts) and losses(whole) == losses(parts)
 
 
 @pytest.mark.parametrize('eval_only', [False, True])
@@ -213,7 +198,7 @@ def test_twenty_kills(checkout, tmp_path):
         assert reached % 2 == 0
     assert 20 < reached < 300
     run_script(checkout, 'train.py', *tiny(**options, init_from='resume', out_dir=parts))
-    assert same_weights(whole, parts) and losses(whole) == losses(parts)
+    assert weights(whole) == weights(parts) and losses(whole) == losses(parts)
     assert not list(parts.glob('*.tmp'))
 
 
@@ -225,7 +210,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(checkout, run_train):
                     preexec=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1 and 'Traceback' in output
-    assert same_tensors(good, weights(out_dir)) and not list(out_dir.glob('*.tmp'))
+    assert good == weights(out_dir) and not list(out_dir.glob('*.tmp'))
     run_train(init_from='resume')
     assert load_state(out_dir)['iter_num'] == 20
 
@@ -244,19 +229,9 @@ def test_two_runs_in_one_out_dir(checkout, run_train, tmp_path, monkeypatch):
     assert not (tmp_path / 'out/previous').exists()
 
 
-def flip_a_bit(content):
-    """Flip a bit in the largest tensor; check that torch.load does not notice."""
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        largest = max(archive.infolist(), key=lambda info: info.file_size)
-    flipped = bytearray(content)
-    flipped[largest.header_offset + 1000] ^= 1
-    torch.load(io.BytesIO(flipped), weights_only=True)
-    return bytes(flipped)
-
-
 @pytest.mark.parametrize('damage', [
     lambda content: content[:len(content) // 2], lambda content: b'', lambda content: b'%PDF-1.4' * 1000,
-    flip_a_bit])
+    lambda content: content.replace(np.float32(10), np.float32(2.5), 1)])  # a bit of AdamW's step
 def test_damaged_checkpoints_are_recognised(run_train, damage):
     """With last.pt damaged, the user starts from ckpt.pt."""
     out_dir = run_train(max_iters=10)
@@ -270,35 +245,49 @@ def test_damaged_checkpoints_are_recognised(run_train, damage):
 
 
 def test_a_bad_token_ends_the_run_as_its_batch_is_drawn(checkout, run_train):
+    """Its file is so short that every window holds it."""
     folder = checkout / 'data/bad_token'
     shutil.copytree(checkout / 'data/pydocs_char', folder)
-    (folder / 'train.bin').write_bytes(b'\x05\x01' * 1000)
-    with pytest.raises(UserError, match=rf'bad_token/train\.bin: token 261 at offset \d+.*{VOCAB_SIZE}'):
+    (folder / 'train.bin').write_bytes(b'\1\0' * 30 + b'\5\1' + b'\1\0' * 20)
+    with pytest.raises(UserError, match=r'bad_token/train\.bin: token 261 at offset 30, .*vocab_size'):
         run_train(dataset='bad_token')
 
 
 # numbers
 
-@pytest.mark.parametrize('dtype', ['float32', 'float16'])
-def test_a_loss_that_is_not_finite_ends_the_run(run_train, dtype):
-    """The error names the checkpoint to resume from, which is good."""
-    out_dir = run_train(max_iters=10, dtype=dtype)
-    good = weights(out_dir)
-    with pytest.raises(UserError, match=r'iteration 11: loss (nan|inf).*last\.pt, iteration 10, is good'):
-        run_train(init_from='resume', dtype=dtype, **RUINOUS, grad_clip=0.0)
-    assert same_tensors(good, weights(out_dir))
-    run_train(init_from='resume', dtype=dtype)
+def spoil_gradients(monkeypatch, iterations):
+    """Make the gradients of these iterations of a run that starts at 10 nan."""
+    original, made = train.update, []
+
+    def update(params, *others):
+        if 10 + len(made) in iterations:
+            for p in params:
+                p.grad.fill_(float('nan'))
+        made.append(params)
+        return original(params, *others)
+    monkeypatch.setattr(train, 'update', update)
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'float16'])
-def test_a_broken_model_is_never_saved(run_train, dtype):
-    """An update ruins the weights, and an evaluation follows before any loss is seen to be broken."""
-    out_dir = run_train(max_iters=10, dtype=dtype)
+@pytest.mark.parametrize('settings, spoiled, found', [
+    (RUINOUS | dict(grad_clip=0.0), [], r'iteration 11: loss (nan|inf)'),
+    (RUINOUS | dict(grad_clip=0.0, dtype='float16'), [], r'iteration 11: loss (nan|inf)'),
+    # the evaluation comes before any loss is seen to be broken
+    (RUINOUS | dict(eval_interval=1), [], 'step 11: train_loss nan'),
+    (RUINOUS | dict(eval_interval=1, dtype='float16'), [], 'step 11: train_loss nan'),
+    ({}, [16], r'iteration 16: loss \d.*, norm nan'),
+    # between two logs, where the loss is read next: before an evaluation, or to be saved
+    (dict(log_interval=10), range(11, 19), 'iteration 19: loss nan'),
+    (dict(log_interval=10, save_interval=3), range(11, 19), 'iteration 12: loss nan'),
+])
+def test_a_loss_that_is_not_finite_ends_the_run(run_train, monkeypatch, settings, spoiled, found):
+    """So does a gradient. The error names the checkpoint to resume from, which is good."""
+    out_dir = run_train(max_iters=10)
     good = weights(out_dir)
-    with pytest.raises(UserError, match='step 11: train_loss nan.*iteration 10, is good'):
-        run_train(init_from='resume', dtype=dtype, eval_interval=1, **RUINOUS)
+    spoil_gradients(monkeypatch, spoiled)
+    with pytest.raises(UserError, match=rf'{found}.*last\.pt, iteration 10, is good'):
+        run_train(init_from='resume', **settings)
     for name in ('last.pt', 'ckpt.pt'):
-        assert same_tensors(good, load_state(out_dir, name)['model'])
+        assert good == weights(out_dir, name)
 
 
 def test_a_signal_behind_a_ruinous_update_saves_nothing(run_train, monkeypatch):
@@ -308,49 +297,7 @@ def test_a_signal_behind_a_ruinous_update_saves_nothing(run_train, monkeypatch):
     send_signal_at(monkeypatch, index=4 + 2 + 1)
     with pytest.raises(UserError, match='iteration 11: loss nan.*iteration 10, is good'):
         run_train(init_from='resume', **RUINOUS)
-    assert same_tensors(good, weights(out_dir))
-
-
-def test_logging_seldom_changes_nothing(run_train):
-    """Though the losses of the iterations between are never read."""
-    often, seldom = run_train('often'), run_train('seldom', log_interval=5)
-    assert same_weights(often, seldom)
-    logged = [[(r['iter'], r['loss']) for r in read_metrics(out_dir) if 'loss' in r]
-              for out_dir in (often, seldom)]
-    assert logged[1] == logged[0][::5]
-
-
-def spoil_gradients(monkeypatch, updates):
-    """Make the gradients of some of a run's updates, counted from 0, nan."""
-    original, made = train.update, []
-
-    def update(params, *others):
-        if len(made) in updates:
-            for p in params:
-                p.grad.fill_(float('nan'))
-        made.append(params)
-        return original(params, *others)
-    monkeypatch.setattr(train, 'update', update)
-
-
-@pytest.mark.parametrize('save_interval, found_at', [(0, 19), (3, 12)])
-def test_nan_gradients_between_two_logs_end_the_run(run_train, monkeypatch, capsys, save_interval, found_at):
-    """Eight in a row; they are found where the loss is read next, to be saved or before an evaluation."""
-    out_dir = run_train(max_iters=10)
-    good = weights(out_dir)
-    capsys.readouterr()
-    spoil_gradients(monkeypatch, range(1, 9))                       # of iterations 11 to 18
-    with pytest.raises(UserError, match=rf'iteration {found_at}: loss nan.*last\.pt, iteration 10, is good'):
-        run_train(init_from='resume', log_interval=10, save_interval=save_interval)
-    assert 'done' not in capsys.readouterr().out
-    for name in ('last.pt', 'ckpt.pt'):
-        assert same_tensors(good, load_state(out_dir, name)['model'])
-
-
-def test_a_gradient_that_is_not_finite_ends_the_run_where_it_is_logged(run_train, monkeypatch):
-    spoil_gradients(monkeypatch, [6])
-    with pytest.raises(UserError, match=r'iteration 6: loss \d.*, norm nan. There is no checkpoint yet'):
-        run_train()
+    assert good == weights(out_dir)
 
 
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
@@ -358,7 +305,7 @@ def test_float16_skips_a_step_that_overflows(run_train, monkeypatch, optimizer):
     """With far too large a loss scale every step does: the weights stay, and the scale falls."""
     monkeypatch.setattr(torch.amp, 'GradScaler', partial(torch.amp.GradScaler, init_scale=2.0 ** 60))
     state = load_state(run_train(dtype='float16', max_iters=3, optimizer=optimizer))
-    assert same_tensors(state['model'], new_model().state_dict())
+    torch.testing.assert_close(state['model'], dict(new_model().state_dict()), rtol=0, atol=0)
     assert (state['iter_num'], state['scaler']['scale']) == (3, 2.0 ** 57)
 
 
@@ -375,7 +322,7 @@ def test_numbers_end_all_processes_together(checkout, tmp_path):
 def test_a_dead_process_ends_the_run(checkout, tmp_path):
     process = start(checkout, *tiny(max_iters=100000, out_dir=tmp_path / 'out'), torchrun=TWO)
     read_until(process, 'iter 15:')
-    os.kill(children(process)[-1], signal.SIGKILL)
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
     process.communicate(timeout=60)
     assert process.returncode != 0
     assert checkpoint.load(tmp_path / 'out/last.pt')['iter_num'] >= 10
@@ -388,7 +335,7 @@ def test_a_stuck_process_ends_the_run(checkout, tmp_path, stuck):
     options = tiny(max_iters=100000, eval_interval=1000, timeout=10, out_dir=tmp_path / 'out')
     process = start(checkout, *options, torchrun=TWO)
     read_until(process, 'iter 15:')
-    pid = children(process)[stuck]
+    pid = children(process.pid)[stuck]
     os.kill(pid, signal.SIGSTOP)
     stopped = time.monotonic()
     read_until(process, 'Traceback')
@@ -398,46 +345,28 @@ def test_a_stuck_process_ends_the_run(checkout, tmp_path, stuck):
     assert process.returncode == 1
 
 
-SLOW = """
-import runpy, sys, time
-sys.path.insert(0, '.')
-import checkpoint, dataset
-draw, save, draws = dataset.draw_batch, checkpoint.RunFolder.save, []
-def slow_draw(*args):
+SLOW_CONFIG = """
+import checkpoint, dataset as data  # `dataset` is a setting
+def slow_draw(*args, draw=data.draw_batch, draws=[]):
     draws.append(args)
     time.sleep(1.5 if len(draws) <= 8 else 0)
     return draw(*args)
-def slow_save(self, state, *args):
+def slow_save(self, state, *args, save=checkpoint.RunFolder.save):
     time.sleep(6 if state['iter_num'] == 1 else 0)
     save(self, state, *args)
-dataset.draw_batch, checkpoint.RunFolder.save = slow_draw, slow_save
-runpy.run_path('train.py', run_name='__main__')
+data.draw_batch, checkpoint.RunFolder.save = slow_draw, slow_save
 """
 
 
 @pytest.mark.slow
 def test_a_long_evaluation_or_save_is_not_a_stuck_process(checkout, tmp_path):
     """With timeout=10 the first evaluation takes 12 seconds, in steps of 1.5, and the first save 6."""
-    script = tmp_path / 'slow.py'
-    script.write_text(SLOW)
+    (tmp_path / 'slow.py').write_text(SLOW_CONFIG)
     options = tiny(max_iters=3, save_interval=1, eval_iters=8, timeout=10, out_dir=tmp_path / 'out')
     begin = time.monotonic()
-    output, _ = start(checkout, *options, script=script, torchrun=TWO).communicate(timeout=120)
+    output = torchrun(checkout, 2, 'train.py', tmp_path / 'slow.py', *options, timeout=120)
     assert 'done: 3 iterations' in output, output
     assert time.monotonic() - begin > 18
-
-
-def test_gradients_on_two_processes_equal_one(checkout, tmp_path):
-    """Compares AdamW's first moments after one update from 4 micro-batches, and the losses bit for bit."""
-    moments = []
-    for n in (1, 2):
-        options = tiny(max_iters=1, gradient_accumulation_steps=4, grad_clip=0.0, out_dir=tmp_path / str(n))
-        torchrun(checkout, n, 'train.py', *options)
-        state = load_state(tmp_path / str(n))['optimizer']['state']
-        moments.append(torch.cat([s['exp_avg'].flatten() for s in state.values()]))
-    assert (moments[0] - moments[1]).abs().max() < 1e-6 * (1 - train.beta1)
-    one, two = read_metrics(tmp_path / '1'), read_metrics(tmp_path / '2')
-    assert one[0] == two[0] and one[1]['loss'] == two[1]['loss']    # one[0]: the evaluation at iteration 0
 
 
 @pytest.mark.slow
@@ -457,14 +386,8 @@ def test_two_nodes(checkout, tmp_path):
 
 
 def test_wandb_for_real(checkout, tmp_path):
-    """Offline it records the run; online without a key or network its own error ends the run at the start."""
     options = tiny(wandb_log=True, out_dir=tmp_path / 'out')
-    env = {'WANDB_DIR': str(tmp_path), 'WANDB_MODE': 'offline'}
-    output = run_script(checkout, 'train.py', *options, env=env)
+    output = run_script(checkout, 'train.py', *options, env={'WANDB_DIR': str(tmp_path)})
     assert 'done: 20 iterations' in output and 'not logged' not in output
     record = next(tmp_path.glob('wandb/offline-run-*/*.wandb'))
     assert b'val/loss' in record.read_bytes() and load_state(tmp_path / 'out')['wandb_id'] in record.name
-    env |= {'WANDB_MODE': 'online', 'WANDB_API_KEY': '', 'WANDB_BASE_URL': 'http://127.0.0.1:9',
-            'HOME': str(tmp_path), 'NETRC': str(tmp_path / 'none')}
-    output = run_script(checkout, 'train.py', *options, env=env, status=1)
-    assert 'key' in output.splitlines()[-1] and 'step 0' not in output

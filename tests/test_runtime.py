@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import runtime
-from configurator import UserError
 from runtime import Machine, StopSignals, derive_seed, set_up
 
 
@@ -47,11 +46,6 @@ def test_a_process_takes_the_gpu_of_its_local_rank(computer, monkeypatch):
     assert set_up(device='cpu').device == torch.device('cpu')
 
 
-def test_an_unknown_dtype_is_named():
-    with pytest.raises(UserError, match="bfloat16 or float16, got 'fp8'"):
-        set_up(dtype='fp8')
-
-
 @pytest.mark.parametrize('name, exits', [
     ('SIGTERM', [143]), ('SIGINT', [130]), ('SIGHUP', []), ('SIGUSR1', [])])
 def test_only_a_second_sigterm_or_sigint_ends_the_process(monkeypatch, name, exits):
@@ -65,12 +59,6 @@ def test_only_a_second_sigterm_or_sigint_ends_the_process(monkeypatch, name, exi
         signal.raise_signal(number)
         assert signals.received
     assert statuses == exits
-
-
-def test_a_signal_that_nohup_ignores_stays_ignored():
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    StopSignals()
-    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def test_seeds_differ_by_seed_purpose_and_index_and_nothing_else():
