@@ -1,11 +1,10 @@
-"""How fast this machine trains and generates.
+"""How fast this machine trains. (Generation: benchmarks/bench_generate.py.)
 
     python bench.py                                    GPT-2 (124M) on a GPU, a small character model on a CPU
     python bench.py config/train_gpt2_alibi.py --batch_size=4 --real_data=True --profile=True
 
 A step is train.py's accumulate() and update() on one micro-batch. The kinds take turns, block by block, so
-that a slow moment slows all: trust the ratios. Times are medians, with the middle half in brackets;
-generation's include the prefill.
+that a slow moment slows all: trust the ratios. Times are medians, with the middle half in brackets.
 """
 import time
 from collections import namedtuple
@@ -21,13 +20,12 @@ batch_size = 0                 # sequences in a micro-batch
 vocab_size = 0                 # 0: the data set's, 65 for characters without one, else GPT-2's 50304
 dropout = 0.0                  # of the model
 bias = False                   # in LayerNorm and Linear layers
-use_alibi = False              # in the model that is profiled and that generates; the steps compare
-use_rope = False               # the kinds of positions
+use_alibi = False              # in the model that is profiled; the table has all kinds of positions
+use_rope = False               # the same
 dataset = ''                   # a folder of data/; '': openwebtext, or with the small sizes shakespeare_char
 real_data = False              # its train.bin, or random tokens
-blocks = 12                    # that the kinds of step take turns in; 0: no training
+blocks = 12                    # that the kinds of step take turns in; 0: no table
 steps = 0                      # in a block; 0: for about half a second
-max_new_tokens = 64            # generated after a prompt of half of block_size, 256 at most; 0: no generation
 profile = False                # print where the time goes, and write bench-trace.json for ui.perfetto.dev
 device = 'auto'                # cpu, cuda, cuda:1, mps
 dtype = 'auto'                 # float32, bfloat16 or float16
@@ -130,24 +128,6 @@ def bench_training(job):
         print(f"{name}: MFU {mfu:.1%}")
 
 
-def bench_generation(job):
-    """Print the table of generation, without the cache and with it."""
-    machine, c = job.machine, job.config
-    model = make_step(job)[0].eval()
-    T = min(256, max(1, c.block_size // 2))                         # within block_size, where the cache helps
-    n = min(max_new_tokens, max(1, c.block_size - T))
-    idx = torch.randint(c.vocab_size, (1, T), device=machine.device)
-    kinds = {'without cache': lambda k: model.generate(idx, n, top_k=200, use_cache=False),
-             'with cache': lambda k: model.generate(idx, n, top_k=200)}
-    if machine.compile:
-        decode = torch.compile(model, mode='reduce-overhead', dynamic=False)
-        kinds['with cache, compiled'] = lambda k: model.generate(idx, n, top_k=200, decode=decode)
-    with machine.autocast():
-        times = alternate(kinds, 6, 1, machine.device)
-    times = {name: [s / n for s in seconds[1:]] for name, seconds in times.items()}  # the first one compiles
-    print_table(f'a token, {n} after {T}', times, 1)
-
-
 def write_profile(job):
     """Trace five steps: print the ten most expensive operations, and write bench-trace.json."""
     device = job.machine.device
@@ -188,8 +168,6 @@ def bench():
         bench_training(job)
     if profile:
         write_profile(job)
-    if max_new_tokens:
-        bench_generation(job)
 
 
 if __name__ == '__main__':

@@ -4,6 +4,8 @@ import math
 import torch
 from torch.optim.adamw import adamw
 
+PORTION = 2**26  # numbers that are orthogonalized at once: all of GPT-2 XL's would take gigabytes
+
 
 def orthogonalize(G: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """About the nearest semi-orthogonal matrix to each of G (n, R, C): U V^T, where G = U S V^T.
@@ -56,7 +58,7 @@ class Muon(torch.optim.Optimizer):
                 continue
             for shape in dict.fromkeys(p.shape for p in params):
                 alike = [p for p in params if p.shape == shape]
-                n = max(1, 2**26 // shape.numel())                  # at once: GPT-2 XL's would take gigabytes
+                n = max(1, PORTION // shape.numel())
                 for first in range(0, len(alike), n):
                     self._muon(alike[first:first + n], group)
 

@@ -15,7 +15,6 @@ import time
 import warnings
 from contextlib import nullcontext
 from dataclasses import fields
-from datetime import timedelta
 from pathlib import Path
 
 # ---------------------------------------------------------------------------------------------------------
@@ -277,10 +276,10 @@ def log(record, machine, folder, wandb):
         line = ("step {iter}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, perplexity "
                 f"{math.exp(min(700, record['val_loss'])):.5g}, lr {{lr:.1e}}")
     else:
-        eta = timedelta(seconds=round(record['ms'] / 1000 * (max_iters - record['iter'] - 1)))
+        seconds = round(record['ms'] / 1000 * (max_iters - record['iter'] - 1))
         speed = "mfu {mfu:.2%}" if 'mfu' in record else "{tokens_per_s:,.0f} tok/s"
         line = ("iter {iter}: loss {loss:.4f}, time {ms:.2f}ms, " + speed + ", norm {grad_norm:.2f}, "
-                f"eta {eta}")
+                f"eta {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}")
     machine.print(line.format(**record))
     try:
         if folder:

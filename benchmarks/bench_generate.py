@@ -2,8 +2,8 @@
 
     python benchmarks/bench_generate.py
 
-Ours, the same compiled, and GPT2LMHeadModel.generate take turns, greedily and with a cache. They should write
-the same tokens: their share is printed. (Without the cache: see bench.py.)
+GPT2LMHeadModel.generate, ours, ours compiled, and for the first case ours without the cache, as nanoGPT
+generates, take turns, greedily. They should write the same tokens: their share is printed.
 """
 import sys
 import tempfile
@@ -20,24 +20,29 @@ from model import GPT
 
 @torch.no_grad()
 def main(n=64, rounds=7, cases=((256, 1), (256, 8), (960, 1)), **sizes):
-    runtime.set_up('cpu')
+    machine = runtime.set_up()
+    print(machine)
     torch.manual_seed(0)
     theirs = GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=None, pad_token_id=0, **sizes)).eval()
     for p in theirs.parameters():
         p.normal_(0, 0.05)  # larger than at the start, so that greedy choices are not near ties
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
-        ours = GPT.from_pretrained(folder)
+        ours = GPT.from_pretrained(folder).to(machine.device)
+    theirs.to(machine.device)
     for T, B in cases:                                              # tokens of the prompt, sequences
-        idx = torch.randint(ours.config.vocab_size, (B, T))         # (B, T)
+        idx = torch.randint(ours.config.vocab_size, (B, T), device=machine.device)  # (B, T)
         options = dict(attention_mask=torch.ones_like(idx), do_sample=False, use_cache=True)
-        compiled = torch.compile(ours, dynamic=False)
+        compiled = torch.compile(ours, mode='reduce-overhead', dynamic=False)
         kinds = {'transformers': lambda k: theirs.generate(idx, max_new_tokens=n, **options),
                  'ours': lambda k: ours.generate(idx, n, temperature=0),
                  'ours, compiled': lambda k: ours.generate(idx, n, temperature=0, decode=compiled)}
-        texts = {name: kind(0) for name, kind in kinds.items()}     # and a warm-up
-        same = min((text == texts['ours']).float().mean().item() for text in texts.values())
-        print_table(f'{B} x {n} after {T} tokens', alternate(kinds, rounds, 1), B * n)
+        if (T, B) == cases[0]:
+            kinds['ours, no cache'] = lambda k: ours.generate(idx, n, temperature=0, use_cache=False)
+        with machine.autocast():
+            texts = {name: kind(0) for name, kind in kinds.items()}  # and a warm-up
+            same = min((text == texts['ours']).float().mean().item() for text in texts.values())
+            print_table(f'{B} x {n} after {T} tokens', alternate(kinds, rounds, 1, machine.device), B * n)
         print(f"the same tokens: {same:.2%}")
 
 

@@ -3,11 +3,11 @@ import pytest
 from conftest import REPO
 
 CEILINGS = {
-    'model.py': 410, 'optimizer.py': 100, 'train.py': 420, 'configurator.py': 110, 'checkpoint.py': 230,
-    'dataset.py': 145, 'runtime.py': 185, 'sample.py': 100, 'sample_alibi_extrapolation.py': 300,
-    'bench.py': 230, 'export_hf.py': 140, 'plot.py': 50,
+    'model.py': 400, 'optimizer.py': 105, 'train.py': 432, 'configurator.py': 112, 'checkpoint.py': 230,
+    'dataset.py': 165, 'runtime.py': 185, 'sample.py': 90, 'eval.py': 86,
+    'sample_alibi_extrapolation.py': 270, 'bench.py': 180, 'export_hf.py': 140, 'plot.py': 50,
 }
-FOLDERS = {'.': 2410, 'data': 400, 'benchmarks': 350, 'tests': 4740}
+FOLDERS = {'.': 2430, 'data': 400, 'benchmarks': 350, 'tests': 4500}
 
 
 def count_lines(paths):

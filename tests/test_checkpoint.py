@@ -19,8 +19,8 @@ def make_state(model, **more):
     """A checkpoint of the model, as train.py saves it; more: entries that replace or add to its own."""
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
     return dict(model=model.state_dict(), optimizer=optimizer.state_dict(), iter_num=7, best_val_loss=1.5,
-                model_args=checkpoint.model_args(model.config), config={'dataset': 'x'}, scaler={}, meta=None
-                ) | more
+                model_args=checkpoint.model_args(model.config), config={'dataset': 'x'}, scaler={},
+                meta={'vocab_size': 23}) | more
 
 
 def save(out_dir, iter_num=7, is_best=True, keep=0, **options):
@@ -40,8 +40,8 @@ def saved(out_dir):
                                      dict(use_rope=True)])
 def test_round_trip(tmp_path, options):
     model, idx = save(tmp_path, **options), random_ids(2, 16)
-    path = find(tmp_path, 'ckpt.pt', 'last.pt')
-    assert path == find(path, 'last.pt') == tmp_path / 'ckpt.pt'
+    path = find(tmp_path)
+    assert path == find(path) == tmp_path / 'ckpt.pt'
     loaded = checkpoint.build_model(load(path)).eval()
     assert loaded.config == model.config
     assert torch.equal(all_logits(model, idx), all_logits(loaded, idx))
@@ -60,16 +60,17 @@ def test_nanogpts_own_checkpoint_opens(tmp_path, checkout, monkeypatch):
     model, idx = small(bias=False), random_ids(2, 16)
     weights = {f'_orig_mod.{key}': value for key, value in model.state_dict().items()}
     weights['_orig_mod.transformer.h.0.attn.bias'] = torch.ones(1, 1, 16, 16).tril()
-    torch.save(dict(model=weights, optimizer=torch.optim.AdamW([torch.zeros(2)]).state_dict(), iter_num=250,
-                    model_args=SMALL | dict(bias=False, dropout=0.0), best_val_loss=torch.tensor(1.9),
-                    config={'dataset': 'nowhere'}), tmp_path / 'ckpt.pt')
-    state = load(tmp_path / 'ckpt.pt')
-    assert torch.equal(all_logits(model, idx), all_logits(checkpoint.build_model(state).eval(), idx))
+    state = dict(model=weights, optimizer=torch.optim.AdamW([torch.zeros(2)]).state_dict(), iter_num=250,
+                 model_args=SMALL | dict(bias=False, dropout=0.0), best_val_loss=torch.tensor(1.9),
+                 config={'dataset': 'pydocs_char'})
+    torch.save(state, tmp_path / 'ckpt.pt')
     monkeypatch.chdir(checkout)
-    with pytest.raises(UserError, match='23 token ids .*data/nowhere/meta.pkl'):
-        checkpoint.data_meta(state)                                 # the characters are not in the file
-    state['config']['dataset'] = 'pydocs_char'
-    assert 'stoi' in checkpoint.data_meta(state)
+    model_here, loaded = checkpoint.load_model(tmp_path)
+    assert torch.equal(all_logits(model, idx), all_logits(model_here, idx))
+    assert 'stoi' in loaded['meta']                                 # the characters are not in the file
+    torch.save(state | {'config': {'dataset': 'nowhere'}}, tmp_path / 'ckpt.pt')
+    with pytest.raises(UserError, match="not GPT-2's.* data/nowhere/meta.pkl"):
+        load(tmp_path / 'ckpt.pt')
 
 
 def test_a_hostile_checkpoint_is_refused_and_runs_nothing(tmp_path, monkeypatch):
@@ -193,12 +194,13 @@ def test_resume(tmp_path):
     with RunFolder(tmp_path, is_new=False) as folder:
         for record in records:
             folder.log(record)
-        folder.resume(10, evaluates=False, path=tmp_path / 'last.pt')
+        folder.start({'n_head': 2}, 10, evaluates=False, path=tmp_path / 'last.pt')
         assert read_metrics(tmp_path) == records[:2] and not (tmp_path / 'last-before.pt').exists()
         (tmp_path / 'iter-000010.pt').write_text('older')
         for _ in range(2):
-            folder.resume(10, evaluates=True, path=tmp_path / 'iter-000010.pt')
+            folder.start({'n_head': 3}, 10, evaluates=True, path=tmp_path / 'iter-000010.pt')
     assert read_files(tmp_path) == {
-        'metrics.jsonl': '{"iter": 9, "loss": 2.5}\n', 'last.pt': 'older', 'ckpt.pt': 'ckpt',
-        'iter-000010.pt': 'older', 'last-before.pt': 'last', 'last-before-2.pt': 'older',
+        'metrics.jsonl': '{"iter": 9, "loss": 2.5}\n', 'config.py': 'n_head = 3\n',
+        'last.pt': 'older', 'ckpt.pt': 'ckpt', 'iter-000010.pt': 'older',
+        'last-before.pt': 'last', 'last-before-2.pt': 'older',
         'ckpt-before.pt': 'ckpt', 'ckpt-before-2.pt': 'ckpt'}

@@ -8,7 +8,8 @@ from configurator import UserError, configure
 
 DEFAULTS = {'out_dir': 'out', 'max_iters': 100, 'learning_rate': 1e-3, 'bias': False, 'compile': 'auto',
             'start': '\n', 'n_head': 12}
-SCRIPTS = ['train.py', 'sample.py', 'sample_alibi_extrapolation.py', 'bench.py', 'export_hf.py', 'plot.py']
+SCRIPTS = ['train.py', 'sample.py', 'eval.py', 'sample_alibi_extrapolation.py', 'bench.py', 'export_hf.py',
+           'plot.py']
 
 
 def changed(*arguments, **options):

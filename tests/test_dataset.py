@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configurator import UserError
-from dataset import draw_batch, fingerprint, load_meta, load_split, token_type, tokenizer
+from dataset import draw_batch, epoch_starts, fingerprint, load_meta, load_split, token_type, tokenizer
 
 AB = {'vocab_size': 2, 'stoi': {'a': 0, 'b': 1}, 'itos': {0: 'a', 1: 'b'}}
 
@@ -58,6 +58,19 @@ def test_every_window_can_be_drawn(folder):
     data = write_ids(folder, range(10))
     starts = {x.item() for seed in range(50) for x in draw_batch(data, 4, 4, 10, seed)[0][:, 0]}
     assert starts == {0, 1, 2, 3, 4, 5}
+
+
+@pytest.mark.parametrize('n_tokens', [1000, 1007, 40, 31, 17])
+def test_an_epoch_reads_each_window_once(n_tokens):
+    T, n = 16, max(1, n_tokens // 16 - 1)
+    epochs = [epoch_starts(n_tokens, T, 5, e * n, n) for e in range(3)]
+    for starts in epochs:
+        assert sorted(starts) == list(range(min(starts), min(starts) + n * T, T))
+        assert 0 <= min(starts) and max(starts) + T < n_tokens
+    assert n < 10 or epochs[0] != sorted(epochs[0]) and epochs[0] != epochs[1]
+    both = epochs[0] + epochs[1]                                    # a batch may lie in two epochs
+    for i in range(2 * n - 2):
+        assert epoch_starts(n_tokens, T, 5, i, 3) == both[i:i + 3]
 
 
 @pytest.mark.parametrize('content, words', [

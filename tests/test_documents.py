@@ -35,8 +35,9 @@ SMALL_MODEL = ['--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=16', '-
 SMALL = {
     'train.py': [*SMALL_MODEL, '--gradient_accumulation_steps=2', '--max_iters=2', '--eval_interval=2',
                  '--eval_iters=1', '--compile=False', '--wandb_log=False'],
+    'eval.py': ['--device=cpu'],
     'sample.py': ['--max_new_tokens=5', '--num_samples=1', '--device=cpu'],
-    'bench.py': [*SMALL_MODEL, '--blocks=1', '--steps=1', '--max_new_tokens=2', '--compile=False'],
+    'bench.py': [*SMALL_MODEL, '--blocks=1', '--steps=1', '--compile=False'],
     'sample_alibi_extrapolation.py': ['--sliding_targets=20', '--device=cpu'],
 }
 

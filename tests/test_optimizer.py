@@ -1,8 +1,8 @@
 """optimizer.py: Muon against PyTorch's and the SVD, AdamW against PyTorch's."""
 import pytest
 import torch
-from conftest import same_tensors
 
+import optimizer as module
 from model import GPT, GPTConfig
 from optimizer import Muon, configure_muon, orthogonalize
 
@@ -97,7 +97,9 @@ def test_adamw_is_torch_optim_adamw_to_the_bit():
                 group['lr'] = 6e-3 / (1 + iteration)
             optimizer.step()
     for a, b in zip(ours, theirs, strict=True):
-        assert torch.equal(a, b) and same_tensors(optimizers[0].state[a], optimizers[1].state[b])
+        states = [opt.state[p] for opt, p in zip(optimizers, (a, b))]
+        assert torch.equal(a, b) and states[0].keys() == states[1].keys()
+        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
 def test_parameters_without_a_gradient_stay():
@@ -157,3 +159,27 @@ def test_muon_takes_the_matrices_of_the_blocks():
     assert [group['lr_ratio'] for group in groups] == [20, 20, 1, 1]
     assert [group['weight_decay'] for group in groups] == [0.1, 0.1, 0.1, 0]
     assert [group['ns_steps'] for group in groups[:2]] == [4, 4]
+
+
+def test_matrices_in_portions(monkeypatch):
+    """Many large ones are not stacked at once."""
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(8, 8)) for _ in range(5)]
+    for p in params:
+        p.grad = torch.randn(8, 8)
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    for copy, p in zip(copies, params):
+        copy.grad = p.grad
+    seen, original = [], module.orthogonalize
+
+    def spy(G, steps):
+        seen.append(len(G))
+        return original(G, steps)
+
+    monkeypatch.setattr(module, 'orthogonalize', spy)
+    group = dict(lr=0.1, weight_decay=0.1, momentum=0.9, stacked=1)
+    Muon([dict(group, params=params)]).step()
+    monkeypatch.setattr(module, 'PORTION', 128)
+    Muon([dict(group, params=copies)]).step()
+    assert seen == [5, 2, 2, 1]
+    assert all(torch.equal(a, b) for a, b in zip(params, copies))

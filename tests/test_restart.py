@@ -1,5 +1,6 @@
 """A run that is killed, restarted, taken back, moved, or continued elsewhere loses nothing."""
 import os
+import re
 import signal
 from unittest.mock import Mock
 
@@ -36,7 +37,8 @@ def test_the_same_scratch_command_three_times_deletes_nothing(run_train, monkeyp
         run_train(max_iters=10, seed=2)
     run_train(max_iters=10, seed=3)
     assert [load_state(folder)['config']['seed'] for folder in (out_dir / 'previous', out_dir)] == [1, 3]
-    assert {path.name for path in (out_dir / 'previous-2').iterdir()} == {'metrics.jsonl', 'loss.png'}
+    assert {path.name for path in (out_dir / 'previous-2').iterdir()} == {
+        'config.py', 'metrics.jsonl', 'loss.png'}
 
 
 def test_a_restart_by_torchrun_resumes(run_train, monkeypatch, capsys):
@@ -162,6 +164,32 @@ def test_two_processes_resume_to_the_bit(checkout, tmp_path):
     torchrun(checkout, 2, 'train.py', *tiny(out_dir=whole))
     torchrun(checkout, 2, 'train.py', *tiny(max_iters=10, out_dir=parts))
     torchrun(checkout, 2, 'train.py', *tiny(init_from='resume', out_dir=parts))
+    assert weights(whole) == weights(parts)
+
+
+PRINT_SHARE = """
+from torch.distributed.optim import ZeroRedundancyOptimizer as Sharded
+consolidate = Sharded.consolidate_state_dict
+def count(self, *args):
+    print(f"share: {sum(t.numel() for s in self.optim.state.values() for t in s.values())}")
+    consolidate(self, *args)
+Sharded.consolidate_state_dict = count
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_a_sharded_optimizer_computes_and_saves_the_same(checkout, tmp_path, optimizer):
+    """Each process holds about half of the state; the run goes on without it, in one process."""
+    (tmp_path / 'share.py').write_text(PRINT_SHARE)
+    options, whole, parts = dict(optimizer=optimizer), tmp_path / 'whole', tmp_path / 'parts'
+    torchrun(checkout, 2, 'train.py', *tiny(**options, out_dir=whole))
+    output = torchrun(checkout, 2, 'train.py', tmp_path / 'share.py',
+                      *tiny(**options, out_dir=parts, max_iters=10, shard_optimizer=True))
+    size = sum(t.numel() for s in load_state(parts)['optimizer']['state'].values() for t in s.values())
+    shares = [int(share) for share in re.findall(r'share: (\d+)', output)]
+    assert sum(shares) == size and max(shares) < 0.7 * size
+    run_script(checkout, 'train.py', *tiny(**options, out_dir=parts, init_from='resume'))
     assert weights(whole) == weights(parts)
 
 

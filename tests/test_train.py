@@ -56,7 +56,7 @@ def test_cosine_lr():
 def test_a_run_from_scratch(run_train, capsys):
     out_dir = run_train()
     assert {path.name for path in out_dir.iterdir()} - {'.lock'} == {
-        'ckpt.pt', 'last.pt', 'loss.png', 'metrics.jsonl'}
+        'ckpt.pt', 'config.py', 'last.pt', 'loss.png', 'metrics.jsonl'}
     assert (out_dir / 'loss.png').read_bytes().startswith(b'\x89PNG')
 
     updates = [r for r in read_metrics(out_dir) if 'loss' in r]
@@ -111,7 +111,8 @@ def test_a_line_of_the_log_fits_into_80_columns(monkeypatch, capsys, speed):
 
 @pytest.mark.parametrize('options', [
     {}, dict(use_alibi=True), dict(use_rope=True), dict(dtype='bfloat16'), dict(dtype='float16'),
-    dict(optimizer='muon', dtype='bfloat16'), dict(optimizer='muon', dtype='float16')])
+    dict(optimizer='muon', dtype='bfloat16'), dict(optimizer='muon', dtype='float16'),
+    dict(sampling='epochs')])
 def test_resume_equals_no_interruption(run_train, options):
     """10 + 10 iterations produce the weights of 20, bit for bit, with dropout on."""
     whole = run_train('whole', **options)
@@ -255,7 +256,8 @@ def test_the_settings_are_nanogpts():
         seed=1337, backend='auto', device='auto', dtype='auto', compile='auto')
     ours = dict(
         optimizer='adamw', muon_learning_rate=0.02, muon_momentum=0.95, muon_steps=5, save_interval=0,
-        keep_checkpoints=0, timeout=1800, checkpoint_activations=False, use_rope=False)
+        keep_checkpoints=0, timeout=1800, checkpoint_activations=False, use_rope=False,
+        shard_optimizer=False, sampling='random')
     assert DEFAULTS == expected | ours
 
 
