@@ -4,8 +4,10 @@
 
 Reads a JSON list [folder, [script, argument, ...]] from each line of stdin, runs it in the folder as
 `python script ...` would, and answers with two lines: the process id at once, and at its end a JSON list
-[exit status, output]. The repository's own modules are imported anew each time. Forked is the other side.
+[exit status or -signal, output]. The repository's own modules are imported anew each time. Forked is the
+other side.
 """
+import atexit
 import json
 import multiprocessing
 import os
@@ -18,11 +20,12 @@ import threading
 
 
 class Forked:
-    """Such a process, with environment variables, and what to ask of it. It ends with this one."""
+    """Such a process, with environment variables, and what to ask of it."""
 
     def __init__(self, env):
         self.server = subprocess.Popen([sys.executable, __file__], env=env, start_new_session=True, text=True,
                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        atexit.register(self.server.communicate)                    # it ends with its stdin
 
     def start(self, folder, arguments):
         """Start a script; returns its process id. finish() must follow."""
@@ -32,10 +35,7 @@ class Forked:
         return self.pid
 
     def finish(self, timeout=240):
-        """Wait for the script's end, and kill it after timeout seconds.
-
-        Returns its exit status (-number of a signal) and its output.
-        """
+        """Wait for the script, or kill it after timeout seconds. Returns its exit status and its output."""
         timer = threading.Timer(timeout, os.kill, (self.pid, signal.SIGKILL))
         timer.start()
         answer = self.server.stdout.readline()
