@@ -56,6 +56,9 @@ def generate():
     machine = runtime.set_up(device, dtype, compile)
     model, state = checkpoint.load_model((runs or [out_dir])[-1] if init_from == 'resume' else init_from)
     model, tok = model.to(machine.device), tokenizer(state['meta'])
+    for p in model.transformer.h.parameters() if machine.dtype != 'float32' else ():
+        if p.dim() == 2:                                            # as autocast does, but only once
+            p.data = p.data.to(getattr(torch, machine.dtype))
     print(f"{state['path']}, {model.get_num_params() / 1e6:.2f}M parameters; {machine}", file=sys.stderr)
     prompt, stop_ids = encode_prompt(tok), tok.encode(stop)
     if not prompt or len(stop_ids) > 1:

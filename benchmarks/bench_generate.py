@@ -47,4 +47,7 @@ def main(n=64, rounds=7, cases=((256, 1), (256, 8), (960, 1)), **sizes):
 
 
 if __name__ == '__main__':
-    main()
+    if 'small' in sys.argv:  # a rehearsal
+        main(4, 2, ((8, 1),), n_layer=1, n_head=2, n_embd=16)
+    else:
+        main()

@@ -92,16 +92,21 @@ def test_a_ratio_is_taken_block_by_block(capsys):
 
 @pytest.mark.slow
 def test_what_needs_a_gpu_is_rehearsed(checkout, tmp_path):
-    """Each part of benchmarks/bench_gpu.sh runs on a CPU, also behind one that fails, and is in the log."""
-    (checkout / 'benchmarks').mkdir()
-    shutil.copy(REPO / 'benchmarks/bench_gpu.sh', checkout / 'benchmarks')
-    (tmp_path / 'float16').write_text('in the way of an out_dir')  # and the checkout has no tests
+    """Each part of benchmarks/bench_gpu.sh runs on a CPU, also after one that fails, and is reported."""
+    shutil.copytree(REPO / 'benchmarks', checkout / 'benchmarks')
+    (tmp_path / 'float16').write_text('in the way of an out_dir')
     command = ['bash', 'benchmarks/bench_gpu.sh', tmp_path, sys.executable, 'rehearse']
-    done = subprocess.run(command, cwd=checkout, env=environment(), timeout=500, encoding='utf-8',
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    log = (tmp_path / 'log.txt').read_text(encoding='utf-8')
-    assert log == done.stdout
-    statuses = dict(re.findall(r'^== (\S+): exit status (\d+) after', log, re.MULTILINE))
-    assert len(statuses) == 22, log
-    assert [name for name, status in statuses.items() if status != '0'] == ['float16', 'tests'], log
-    assert log.endswith('== failed: float16 tests\n') and done.returncode == 1
+
+    def run(budget):
+        done = subprocess.run(command, cwd=checkout, env=environment(BUDGET=str(budget)), timeout=600)
+        report = (tmp_path / 'report.md').read_text(encoding='utf-8')
+        return done.returncode, report, dict(re.findall(r'\*\*(\S+)\*\* \(exit status (\d+),', report))
+
+    names = ['check_gpu', 'train_shakespeare_char', 'bench', 'kill_and_resume', 'generation', 'profile',
+             'float16', 'processes']
+    status, report, found = run(570)
+    assert list(found) == names and [name for name in names if found[name] != '0'] == ['float16'], report
+    assert report.endswith('== failed: float16; no time for: nothing\n') and status == 1
+    assert 'all right' in report and len(set(re.findall(r'step 600: .*', report))) == 1, report
+    status, report, found = run(0)
+    assert not found and report.endswith(f"failed: nothing; no time for: {' '.join(names)}\n") and status == 0

@@ -241,6 +241,19 @@ def test_no_shape_changes_from_token_to_token(positions, monkeypatch):
         assert shapes == {(1, capacity, (*heads, 1, capacity))}
 
 
+@pytest.mark.parametrize('positions, V, options', [
+    ({}, 23, {}), (ALIBI, 50304, {}), (ROPE, 23, dict(checkpoint_activations=True))])
+def test_a_step_is_one_graph(positions, V, options):
+    """Also where the loss comes in chunks: nothing in it falls back to Python."""
+    model, idx = GPT(GPTConfig(32, V, 2, 2, 8, **positions)), random_ids(22, 32)
+    step = torch.compile(model, backend='eager', fullgraph=True)
+    with torch.autocast('cpu', torch.bfloat16):
+        _, loss = step(idx, idx, return_logits=False, **options)
+        _, expected = model(idx, idx, return_logits=False)
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('positions', [{}, ALIBI, ROPE])
 def test_compiled_generation(positions):

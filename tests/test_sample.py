@@ -7,6 +7,8 @@ from conftest import VOCAB_SIZE, arguments, error_line, run_script, tiny
 from test_checkpoint import make_state
 from test_model import small
 
+import checkpoint
+
 
 @pytest.fixture(scope='module')
 def trained(checkout, tmp_path_factory):
@@ -34,6 +36,15 @@ def test_samples(checkout, trained):
     for options in ({}, dict(num_samples=3), dict(stream=True)):
         assert texts(sample(checkout, trained, **options))[:2] == [first, second]
     assert texts(sample(checkout, trained, seed=1)) != [first, second]
+
+
+def test_weights_that_are_cast_once_write_what_autocast_writes(checkout, trained):
+    model, state = checkpoint.load_model(trained)
+    idx = torch.tensor([[state['meta']['stoi']['\n']]])
+    with torch.autocast('cpu', torch.bfloat16):
+        ids = model.generate(idx, 40, temperature=0, vocab_size=VOCAB_SIZE)[0].tolist()
+    expected = ''.join(state['meta']['itos'][i] for i in ids)
+    assert texts(sample(checkout, trained, dtype='bfloat16', temperature=0, num_samples=1)) == [expected]
 
 
 def test_ways_to_name_a_run(checkout, trained, tmp_path):
