@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
@@ -115,6 +116,18 @@ class Machine(NamedTuple):
             model = DistributedDataParallel(model, gradient_as_bucket_view=True)
             model.require_forward_param_sync = False                # buffers never change
         return model
+
+    def state_of(self, optimizer: torch.optim.Optimizer) -> dict | None:
+        """The optimizer's state dict. If its parts are in several processes, the first one gets it."""
+        if not isinstance(optimizer, ZeroRedundancyOptimizer):
+            return optimizer.state_dict()
+        part = optimizer.optim.state_dict()
+        part['state'] = {i: {key: tensor.cpu() for key, tensor in state.items()}
+                         for i, state in part['state'].items()}
+        parts = [None] * self.world_size if self.is_master else None
+        dist.gather_object(part, parts)
+        optimizer._all_state_dicts = parts  # PyTorch 2.13: consolidate_state_dict() takes minutes a gigabyte
+        return optimizer.state_dict() if self.is_master else None
 
     def peak_flops(self) -> float | None:
         """This GPU's dense peak in FLOP/s at 16 bits, or None where that is unknown or not the dtype."""

@@ -177,6 +177,10 @@ def make_optimizer(model, saved, machine):
         groups = [{**new, 'params': old['params']}
                   for new, old in zip(opt.param_groups, saved['optimizer']['param_groups'], strict=True)]
         opt.load_state_dict({'state': saved['optimizer']['state'], 'param_groups': groups})
+        if isinstance(opt, ZeroRedundancyOptimizer):                # PyTorch 2.13 keeps a second copy,
+            opt.state.clear()                                       # and the step where fused AdamW is not
+            for p, state in opt.optim.state.items():
+                state.update({key: value.to(p.device) for key, value in state.items()})
         scaler.load_state_dict(saved.get('scaler') or scaler.state_dict())
     return opt, scaler
 
@@ -356,11 +360,10 @@ def train():
             return get_batch('train', runtime.TRAIN_BATCH, k)
 
         def save(is_best=False, keep=0):
-            if isinstance(opt, ZeroRedundancyOptimizer):
-                opt.consolidate_state_dict()                        # in the process that writes
+            optimizer_state = machine.state_of(opt)
             if folder:
                 folder.save(dict(
-                    model=raw_model.state_dict(), optimizer=opt.state_dict(), scaler=scaler.state_dict(),
+                    model=raw_model.state_dict(), optimizer=optimizer_state, scaler=scaler.state_dict(),
                     iter_num=iter_num, best_val_loss=best_val_loss, config=config, meta=meta, data=data,
                     model_args=checkpoint.model_args(raw_model.config), wandb_id=wandb_id), is_best, keep)
             machine.print(f"saved {out_dir}/last.pt" + (" and ckpt.pt" if is_best else ''))

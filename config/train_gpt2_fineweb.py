@@ -12,6 +12,7 @@ iterations of as many tokens (94 minutes on 8 A100s of 80 GB).
 """
 out_dir = 'out-gpt2-fineweb'
 dataset = 'fineweb'
+sampling = 'epochs'            # each token once: random windows would leave 37% of 10B tokens unseen
 
 eval_interval = 250
 eval_iters = 200               # 3.3M tokens of each split
@@ -22,6 +23,7 @@ wandb_project = 'fineweb'
 wandb_run_name = 'gpt2-124M-muon'
 
 # 16 sequences of 1024 tokens, 4 times on each of 8 GPUs or 32 times on one: 524,288 tokens an iteration
+# (on 80 GB: --batch_size=64 --gradient_accumulation_steps=8)
 batch_size = 16
 block_size = 1024
 gradient_accumulation_steps = 4 * 8

@@ -15,16 +15,21 @@
 #SBATCH --ntasks-per-node=1       # one torchrun, which starts a process for each GPU
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=32
+#SBATCH --mem=0                   # all of a node's memory
+#SBATCH --exclusive               # and nobody else on it
 #SBATCH --time=24:00:00
 #SBATCH --requeue                 # also when a node fails
 #SBATCH --open-mode=append        # all jobs write to one log
 #SBATCH --signal=B:USR1@300       # 300 s before the limit, to this shell alone, which can queue the job again
+
+# . /path/to/venv/bin/activate    # or module load ...: the environment, unless sbatch is to take yours
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 10000))          # two jobs on a node need two
 # a separate store for each restart: a shared one would keep the addresses of processes that have died
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240       # torchrun would otherwise kill after 30 s what is still saving
+export PYTORCH_ALLOC_CONF=expandable_segments:True      # less of a GPU's memory is lost in fragments
 
 # in the background: bash runs a trap when `wait` is interrupted, but not before a command has ended.
 # No kill on bad exit: a node that has stopped must not end the one that is still saving.

@@ -174,8 +174,8 @@ def test_what_is_no_other_seed(checkout, trained, tmp_path, monkeypatch):
     assert [method.name for method in methods] == [f'ALiBi ({folders[0]})', f'ALiBi ({tmp_path}/smaller.pt)']
     with pytest.raises(UserError, match='copy.pt has the settings and the seed of another run'):
         script.load_methods([*folders, tmp_path / 'copy.pt'], MACHINE)
-    with pytest.raises(UserError, match='elsewhere, pydocs_char: choose one with --dataset'):
-        script.load_data(script.load_methods([*folders, tmp_path / 'other.pt'], MACHINE))
+    methods = script.load_methods([*folders, tmp_path / 'other.pt'], MACHINE)
+    assert script.load_data(methods)[0] == 'pydocs_char'            # the first one's
     (checkout / 'data/bpe').mkdir()                                 # without meta.pkl
     shutil.copy(checkout / 'data/pydocs_char/val.bin', checkout / 'data/bpe')
     monkeypatch.setattr(script, 'dataset', 'bpe')

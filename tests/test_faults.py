@@ -97,7 +97,7 @@ def test_a_signal_stops_before_the_update_saves_and_resumes_to_the_bit(
     assert losses(parts)[-1][2] is None                             # that of an update, not an evaluation
     output, errors = capfd.readouterr()
     assert f'{number.name}: stopping' in errors
-    assert f'interrupted at iteration {reached}: resume with --init_from=resume' in output
+    assert f'interrupted at iteration {reached}: python train.py {parts}/config.py --init_from=' in output
     run_train('parts', dtype=dtype, init_from='resume')
     assert weights(whole) == weights(parts) and losses(whole) == losses(parts)
 
@@ -107,7 +107,7 @@ def test_a_signal_before_the_first_iteration(run_train, monkeypatch, capsys, eva
     send_signal_at(monkeypatch, index=1)
     monkeypatch.setattr(train, 'accumulate', None)                  # nothing is computed to be thrown away
     out_dir = run_train(eval_only=eval_only)
-    assert 'interrupted at iteration 0: nothing to save' in capsys.readouterr().out
+    assert 'interrupted at iteration 0: nothing saved' in capsys.readouterr().out
     assert not (out_dir / 'last.pt').exists()
 
 

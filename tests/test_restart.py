@@ -168,12 +168,12 @@ def test_two_processes_resume_to_the_bit(checkout, tmp_path):
 
 
 PRINT_SHARE = """
-from torch.distributed.optim import ZeroRedundancyOptimizer as Sharded
-consolidate = Sharded.consolidate_state_dict
-def count(self, *args):
-    print(f"share: {sum(t.numel() for s in self.optim.state.values() for t in s.values())}")
-    consolidate(self, *args)
-Sharded.consolidate_state_dict = count
+from runtime import Machine
+state_of = Machine.state_of
+def count(self, optimizer):
+    print(f"share: {sum(t.numel() for s in optimizer.optim.state.values() for t in s.values())}")
+    return state_of(self, optimizer)
+Machine.state_of = count
 """
 
 
