@@ -1,9 +1,15 @@
-"""Finetune GPT-2 XL on Shakespeare in GPT-2's BPE: for a GPU with enough memory (or --init_from=gpt2).
+r"""Finetune GPT-2 XL on Shakespeare in GPT-2's BPE.
 
     python data/shakespeare/prepare.py
     python train.py config/finetune_shakespeare.py
 
-Measured: not run here (no weights).
+So it takes 27 GiB, a GPU of 40 GB or more; on 80 GB --batch_size=8 --gradient_accumulation_steps=4 is as many
+tokens. On 24 GB: --init_from=gpt2-large --checkpoint_activations=True, or all of GPT-2 XL on eight GPUs:
+
+    torchrun --standalone --nproc_per_node=8 train.py config/finetune_shakespeare.py \
+        --shard_optimizer=True --checkpoint_activations=True
+
+Measured: not run here (no weights); the memory by PyTorch's allocator, without a GPU (docs/performance.md).
 """
 import time
 
