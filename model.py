@@ -106,6 +106,25 @@ class KVCache:
         return self.keys[layer].index_copy_(2, i, k), self.values[layer].index_copy_(2, i, v)
 
 
+def dropout(x: Tensor, p: float) -> Tensor:
+    """F.dropout. On a CPU, where most of its time goes into random numbers, from 16 bits for each of x."""
+    if p == 0 or x.device.type != 'cpu' or torch.compiler.is_compiling():
+        return F.dropout(x, p)
+    n, drawn = x.numel(), round(p * 2**16)                          # p, to one part in 65,536
+    bits = torch.empty(-(-n // 4), dtype=torch.int64).random_(-2**63, None).view(torch.int16)[:n]
+    return x * (bits.view(x.shape) >= drawn - 2**15) * (2**16 / (2**16 - drawn))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) -> Tensor:
+    """F.scaled_dot_product_attention with dropout p, causal if there is no mask: (B, H, T, D)."""
+    if p == 0 or q.device.type != 'cpu' or torch.compiler.is_compiling():
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p, is_causal=mask is None)
+    if mask is None:                                                # its CPU kernel has no dropout
+        mask = torch.full((q.size(2), k.size(2)), -math.inf, dtype=q.dtype).triu(1)
+    scores = q @ k.mT / math.sqrt(q.size(3)) + mask.to(q.dtype)     # (B, H, T, S)
+    return dropout(scores.softmax(dim=-1), p) @ v
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -113,7 +132,6 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, angles: tuple = (), extend=None) -> Tensor:
         """x (B, T, C) -> (B, T, C).
@@ -127,10 +145,10 @@ class CausalSelfAttention(nn.Module):
             q, k = rotate(q, *angles), rotate(k, *angles)
         if extend is not None:
             k, v = extend(k, v)                                     # (B, H, S, D) each
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
-                                           dropout_p=self.dropout if self.training else 0.0)  # (B, H, T, D)
+        p = self.dropout if self.training else 0.0
+        y = attend(q, k, v, mask, p)                                # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)                      # heads side by side again
-        return self.resid_dropout(self.c_proj(y))
+        return dropout(self.c_proj(y), p)
 
 
 class MLP(nn.Module):
@@ -139,10 +157,11 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.gelu = nn.GELU(approximate='tanh' if config.gelu == 'tanh' else 'none')
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))   # (B, T, C)
+        x = self.c_proj(self.gelu(self.c_fc(x)))                    # (B, T, C)
+        return dropout(x, self.dropout if self.training else 0.0)
 
 
 class Block(nn.Module):
@@ -203,7 +222,6 @@ class GPT(nn.Module):
             self.register_buffer('slopes', alibi_slopes(config.n_head), persistent=False)  # (H,)
         if config.has_wpe:
             modules['wpe'] = nn.Embedding(config.block_size, config.n_embd)
-        modules['drop'] = nn.Dropout(config.dropout)
         modules['h'] = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         modules['ln_f'] = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.transformer = nn.ModuleDict(modules)
@@ -247,7 +265,7 @@ class GPT(nn.Module):
             mask = alibi_bias(self.slopes, i, S).to(x.dtype)        # (1, H, T, S)
         else:
             angles = rotary_angles(i, config.n_embd // config.n_head)  # (T, D) each
-        x = self.transformer.drop(x)
+        x = dropout(x, config.dropout if self.training else 0.0)
         for layer, block in enumerate(self.transformer.h):
             if checkpoint_activations:
                 block = partial(checkpoint, block, use_reentrant=False)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import REPO, run_script
 
-from model import GPT, GPTConfig, KVCache, sample_logits
+from model import GPT, GPTConfig, KVCache, alibi_bias, alibi_slopes, attend, dropout, sample_logits
 from optimizer import configure_muon
 
 SMALL = dict(block_size=16, vocab_size=23, n_layer=2, n_head=3, n_embd=24)
@@ -318,6 +318,30 @@ def step_results(step, model, idx, dtype=None, **options):
         _, loss = step(idx[:, :-1], idx[:, 1:], **options)
     loss.backward()
     return [loss.detach(), *(p.grad for p in model.parameters()), torch.rand(1)]
+
+
+@pytest.mark.parametrize('p', [0.2, 0.5, 0.0])
+def test_dropout(p):
+    """It zeroes a share p, scales the rest, and treats the gradient alike."""
+    torch.manual_seed(0)
+    x = torch.ones(1001, 999, requires_grad=True)
+    y = dropout(x, p)
+    y.sum().backward()
+    assert torch.equal(x.grad, y) and (y == 0).float().mean().item() == pytest.approx(p, abs=2e-3)
+    assert y.max().item() == pytest.approx(1 / (1 - p), rel=1e-4) and len(y.unique()) == (2 if p else 1)
+    assert p == 0 or not torch.equal(dropout(x, p), y)
+
+
+@pytest.mark.parametrize('use_alibi', [False, True])
+def test_attention_drops_probabilities(use_alibi):
+    """With values that pass them on: each is 0 or what it is without dropout, scaled."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 50, 8), torch.randn(3, 2, 50, 8), torch.eye(50).expand(3, 2, 50, 50)
+    mask = alibi_bias(alibi_slopes(2), torch.arange(50), 50) if use_alibi else None
+    kept, dropped = attend(q, k, v, mask, 0.0), attend(q, k, v, mask, 0.25)
+    is_zero = dropped == 0
+    assert is_zero[kept > 0].float().mean().item() == pytest.approx(0.25, abs=0.02)
+    torch.testing.assert_close(dropped, (kept / 0.75).masked_fill(is_zero, 0))
 
 
 @pytest.mark.parametrize('use_alibi', [False, True])

@@ -1,0 +1,29 @@
+"""config/train_shakespeare_char.py's model (10.65M parameters) with Muon and ALiBi: an evening on a CPU.
+
+    python data/shakespeare_char/prepare.py
+    python train.py config/train_shakespeare_char_muon.py
+
+Not measured yet. (nanoGPT reports a val loss of 1.4697 for this model: A100, three minutes.)
+"""
+from pathlib import Path
+
+exec(Path(__file__).with_name('train_shakespeare_char.py').read_text(encoding='utf-8'))
+
+out_dir = 'out-shakespeare-char-muon'
+wandb_run_name = 'mini-gpt-muon'
+use_alibi = True
+
+dtype = 'bfloat16'             # half of float32's time on a CPU that has it
+batch_size = 32
+eval_interval = 125
+eval_iters = 20
+save_interval = 25
+
+max_iters = 1500               # 12 epochs
+lr_decay_iters = 1500
+warmup_iters = 50
+optimizer = 'muon'
+muon_learning_rate = 0.02
+learning_rate = 3e-3           # of embeddings and layer norms
+min_lr = 0.0
+beta2 = 0.95
