@@ -221,5 +221,5 @@ def pretrained(name: str, dropout: float = 0.0) -> GPT:
     files = [Path(name) / file for file in ('vocab.json', 'tokenizer.json') if (Path(name) / file).exists()]
     is_gpt2s = all(re.search(r'"(\u0120|\\u0120)the": *262\b', file.read_text('utf-8')) for file in files)
     if not is_gpt2s or model.config.vocab_size < 50257:
-        raise UserError(f"the token ids of {name} are not GPT-2's: of an export, use the run's out_dir")
+        raise UserError(f"the token ids of {name} are not GPT-2's (for an export, use its run)")
     return model

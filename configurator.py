@@ -95,7 +95,7 @@ def configure(script: dict, arguments: list[str] | None = None, skip_unknown: bo
             print(f"{argument}: skipping {', '.join(unknown)}", file=sys.stderr)
         elif unknown:
             raise UserError(f"{argument}: unknown setting {', '.join(unknown)}: see --help; {skip_option} "
-                            "skips those of a file, and names that begin with _ are its own")
+                            "skips them in a file, where names starting with _ are free")
         settings |= {name: convert(name, changes[name], defaults[name]) for name in changes.keys() & defaults}
     if '--help' in arguments or '-h' in arguments:
         source = Path(script['__file__']).read_text(encoding='utf-8')

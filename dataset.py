@@ -115,7 +115,7 @@ def load_meta(dataset: str) -> dict | None:
             raise ValueError("stoi, itos and vocab_size contradict each other")
         return {'vocab_size': vocab_size, 'stoi': stoi, 'itos': itos}
     except Exception as error:                                      # damaged pickles raise almost anything
-        raise UserError(f"{path} is no vocabulary ({str(error):.200}): prepare the data set again") from error
+        raise UserError(f"{path} is not a vocabulary ({str(error):.200}): run prepare.py again") from error
 
 
 class Tokenizer(NamedTuple):

@@ -35,10 +35,10 @@ class GPTConfig:
 
     def __post_init__(self):
         if self.n_embd % self.n_head or self.use_rope and self.n_embd // self.n_head % 2:
-            raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}, an even one "
-                             "with use_rope")
+            raise ValueError(f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}, with "
+                             "an even result for use_rope")
         if self.use_alibi and self.use_rope:
-            raise ValueError("use_alibi and use_rope exclude each other: choose one")
+            raise ValueError("use_alibi and use_rope are mutually exclusive")
 
     @property
     def has_wpe(self) -> bool:
@@ -347,7 +347,7 @@ class GPT(nn.Module):
         differing = [key for key, value in expected.items() if getattr(c, key) not in (value, None)]
         differing += [f'{kind}: {key}' for kind in ('missing_keys', 'unexpected_keys') for key in info[kind]]
         if differing:
-            raise ValueError(f"{name} is not a GPT-2 as this model is: {', '.join(sorted(differing)[:5])}")
+            raise ValueError(f"{name} differs from this GPT-2 in {', '.join(sorted(differing)[:5])}")
         gelu = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'erf'}[c.activation_function]
         model = cls(GPTConfig(block_size=c.n_positions, vocab_size=c.vocab_size, n_layer=c.n_layer, gelu=gelu,
                               n_head=c.n_head, n_embd=c.n_embd, bias=True, **override_args or {}))

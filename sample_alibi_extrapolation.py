@@ -217,7 +217,7 @@ def load_methods(folders, machine):
         settings = {key: value for key, value in run.items() if key not in ('seed', *LAUNCH_SETTINGS)}
         group = groups.setdefault(repr((config, settings)), Method(kind, L, config.has_wpe, [], [], []))
         if 'seed' in run and run['seed'] in [other['config']['seed'] for other in group.states]:
-            raise UserError(f"{folder} has the settings and the seed of another run here: it adds nothing")
+            raise UserError(f"{folder} has the same settings and seed as another run here")
         group.folders.append(folder)
         group.models.append(model.to(machine.device))
         group.states.append(state)

@@ -141,7 +141,7 @@ def load_checkpoint(path, meta, machine, resumes):
         raise UserError(f"data/{dataset} has a different vocabulary from the training data of {path}")
     before = saved['config'].get('optimizer', 'adamw')
     if resumes and before != optimizer:
-        raise UserError(f"{path} has the state of optimizer={before}: resume with that, not with {optimizer}")
+        raise UserError(f"{path} was trained with optimizer={before}: resume with that, not {optimizer}")
     model = checkpoint.build_model(saved, dropout=dropout)
     if not resumes and not model.config.has_wpe:
         model.config.block_size = block_size                        # train short, go on long
@@ -155,7 +155,7 @@ def check_model(config, machine):
     for name in MODEL_SETTINGS:
         ours, theirs = globals()[name], getattr(config, name)
         if ours != theirs and name not in checkpoint.NANOGPT_ARGS and ours != getattr(GPTConfig, name):
-            raise UserError(f"{name}={ours} can't go on from weights that were trained without it")
+            raise UserError(f"{name}={ours} does not fit weights that were trained without it")
         if ours != theirs:
             machine.print(f"{name}: {theirs!r} as in the weights, not {ours!r}")
 
@@ -269,7 +269,7 @@ iteration: {tokens:,} tokens = {gradient_accumulation_steps} x {batch_size} x {c
 run:       {max_iters:,} iterations = {max_iters * tokens / n:.2f} epochs, {optimizer} at {learning_rate}""")
     if gradient_accumulation_steps % machine.world_size:
         machine.print(f"gradient_accumulation_steps={gradient_accumulation_steps} is not a multiple of the "
-                      f"{machine.world_size} processes: some will wait for the others")
+                      f"{machine.world_size} processes: some will sit idle")
     if decay_lr and lr_decay_iters < max_iters:
         machine.print(f"from iteration {lr_decay_iters} on the learning rate is min_lr={min_lr:g}")
 
@@ -330,7 +330,7 @@ def train():
         last_saved = iter_num if saved else None
         best_val_loss = float(saved.get('best_val_loss', math.inf))
         if data != saved.get('data', data):
-            machine.print(f"data/{dataset} has changed since the checkpoint: the best val loss starts again")
+            machine.print(f"data/{dataset} has changed since the checkpoint: the best val loss is reset")
             best_val_loss = math.inf
         config = {name: getattr(raw_model.config, name, globals()[name]) for name in setting_names}
         wandb, wandb_id = None, saved.get('wandb_id') or os.urandom(4).hex()

@@ -72,7 +72,7 @@ def test_good_config_files(config, text, expected):
     ('train_shakespeare', ['train_shakespeare', '.py']),
     ('max_iters = "seven"', ["'seven'", 'int']),
     ('out_dir = 5', ['out_dir', '5', 'str']),
-    ('tokens = 5', ['c.py', "'tokens'", 'begin with _']),
+    ('tokens = 5', ['c.py', "'tokens'", 'starting with _']),
 ])
 def test_mistakes_are_named(config, argument, words):
     with pytest.raises(UserError) as error:

@@ -159,7 +159,7 @@ def test_a_hostile_meta_is_refused_and_runs_nothing(folder):
     [1], {}, {'vocab_size': 'five'}, AB | {'itos': {0: 'a', 2: 'b'}}, AB | {'stoi': {'a': 1, 'b': 0}},
     AB | {'vocab_size': 1}, AB | {'stoi': ['a', 'b']}])
 def test_a_meta_that_is_none_or_contradicts_itself_is_named(folder, meta):
-    with pytest.raises(UserError, match='data/x/meta.pkl is no vocabulary.*prepare'):
+    with pytest.raises(UserError, match='data/x/meta.pkl is not a vocabulary.*prepare'):
         write_meta(folder, meta)
     (folder / 'meta.pkl').write_bytes(b'junk')
     with pytest.raises(UserError, match='meta.pkl'):

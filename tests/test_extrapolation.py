@@ -172,7 +172,7 @@ def test_what_is_no_other_seed(checkout, trained, tmp_path, monkeypatch):
     assert [len(method.models) for method in script.load_methods(folders, MACHINE)] == [2]
     methods = script.load_methods([*folders, tmp_path / 'smaller.pt'], MACHINE)
     assert [method.name for method in methods] == [f'ALiBi ({folders[0]})', f'ALiBi ({tmp_path}/smaller.pt)']
-    with pytest.raises(UserError, match='copy.pt has the settings and the seed of another run'):
+    with pytest.raises(UserError, match='copy.pt has the same settings and seed as another run'):
         script.load_methods([*folders, tmp_path / 'copy.pt'], MACHINE)
     methods = script.load_methods([*folders, tmp_path / 'other.pt'], MACHINE)
     assert script.load_data(methods)[0] == 'pydocs_char'            # the first one's

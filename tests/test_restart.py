@@ -23,8 +23,8 @@ def test_auto_starts_a_run_and_goes_on_with_it(run_train, capsys):
     parts = run_train('parts', init_from='auto')
     assert f'resuming from {parts}/last.pt at iteration 10' in capsys.readouterr().out
     assert weights(whole) == weights(parts) and not (parts / 'previous').exists()
-    for settings, words in ((dict(optimizer='muon'), 'has the state of optimizer=adamw'),
-                            (dict(use_rope=True), "use_rope=True can't go on from weights .* without it")):
+    for settings, words in ((dict(optimizer='muon'), 'was trained with optimizer=adamw'),
+                            (dict(use_rope=True), "use_rope=True does not fit weights .* without it")):
         with pytest.raises(UserError, match=words):
             run_train('parts', init_from='auto', **settings)
 

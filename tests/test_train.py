@@ -315,7 +315,7 @@ def test_two_processes_equal_one(checkout, tmp_path, settings):
         output = torchrun(checkout, n, 'train.py', tmp_path / 'config.py', *options)
         hashes = re.findall('weights: ([0-9a-f]{64})', output)
         assert len(hashes) == n and len(set(hashes)) == 1           # the same weights, to the bit
-        assert ('some will wait' in output) == (n == 2 and bool(settings))
+        assert ('some will sit idle' in output) == (n == 2 and bool(settings))
     assert_close_losses(tmp_path / '1', tmp_path / '2', 1e-4)
     one, two = (read_metrics(tmp_path / str(n)) for n in (1, 2))
     assert one[0] == two[0] and one[1]['loss'] == two[1]['loss']    # one[0]: the evaluation at iteration 0
