@@ -7,7 +7,7 @@ CEILINGS = {
     'dataset.py': 165, 'runtime.py': 200, 'sample.py': 91, 'eval.py': 86,
     'sample_alibi_extrapolation.py': 270, 'bench.py': 180, 'export_hf.py': 140, 'plot.py': 50,
 }
-FOLDERS = {'.': 2449, 'data': 400, 'benchmarks': 420, 'tests': 4500}
+FOLDERS = {'.': 2449, 'data': 400, 'benchmarks': 450, 'tests': 4500}
 
 
 def count_lines(paths):
