@@ -6,6 +6,7 @@ NANOGPT is a clone of it. Both train with the same settings on the same random t
 each is held while the other goes on: small for two seconds in turn, 124M for a minute. Prints the median
 iteration as each logs it, the peak of its resident memory, and the ratio of neighbouring blocks.
 """
+import os
 import pickle
 import re
 import signal
@@ -70,10 +71,9 @@ def main(nanogpt, size='small', blocks='24', *options):
         rows = np.array([[block(run, log, seconds) for run, log in zip(runs, logs)]
                          for _ in range(int(blocks))])
         for name, run, ms in zip(('nanoGPT', 'ours'), runs, rows.T):
-            peak = re.search(r'VmHWM: *(\d+)', Path(f'/proc/{run.pid}/status').read_text())
-            print(f"{name:8} {np.median(ms):9.2f} ms, peak {int(peak[1]) / 2**20:.2f} GiB")
             run.kill()
-            run.wait()
+            _, _, usage = os.wait4(run.pid, 0)
+            print(f"{name:8} {np.median(ms):9.2f} ms, peak {usage.ru_maxrss / 2**20:.2f} GiB")
         print(f"ratio    {spread(rows[:, 1] / rows[:, 0], 3)}")
 
 
