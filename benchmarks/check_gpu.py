@@ -59,7 +59,7 @@ def compute(model, call, context, T, device, **options):
     with context:
         _, loss = call(*batch(T, device), return_logits=False, **options)
     loss.backward()
-    return loss.item(), torch.cat([p.grad.flatten().double().cpu() for p in model.parameters()])
+    return loss.double().cpu(), torch.cat([p.grad.flatten().double().cpu() for p in model.parameters()])
 
 
 def check_loss(positions, T, expected, what, dtype, is_compiled=False, kernel=None, in_chunks=False,
@@ -71,9 +71,9 @@ def check_loss(positions, T, expected, what, dtype, is_compiled=False, kernel=No
         call = torch.compile(model) if is_compiled else model
         loss, gradient = compute(model, call, machine.autocast(), T, DEVICE, **options)
     if expected:
-        error = ((gradient - expected[1]).norm() / expected[1].norm()).item()
-        limit = LIMITS[dtype]
-        report(f"{positions}, {T}, {dtype}{what}", (abs(loss / expected[0] - 1), limit), (error, 10 * limit))
+        limit, error = LIMITS[dtype], (loss / expected[0] - 1).abs().item()
+        gradient_error = ((gradient - expected[1]).norm() / expected[1].norm()).item()
+        report(f"{positions}, {T}, {dtype}{what}", (error, limit), (gradient_error, 10 * limit))
     return loss, gradient
 
 
