@@ -164,10 +164,11 @@ def find(out_dir: str | Path, names: tuple = ('ckpt.pt', 'last.pt')) -> Path:
     raise UserError(f"no {' or '.join(names)} in {out_dir}: train a model with --out_dir={out_dir} first")
 
 
-def load(path: str | Path) -> dict:
+def load(path: str | Path, meta: dict | None = None) -> dict:
     """Read a checkpoint, ours or nanoGPT's, to the CPU, running no code in it.
 
-    Adds path, hash and, from data/, a missing meta. Raises UserError for a file that cannot be used.
+    Adds path, hash and, as nanoGPT's files have none, the meta that is given, else that of its data set.
+    Raises UserError for a file that cannot be used.
     """
     try:
         with zipfile.ZipFile(path) as archive:                      # torch.load looks at none of this
@@ -184,8 +185,8 @@ def load(path: str | Path) -> dict:
         raise UserError(f"{path} is damaged or not a checkpoint: {error!r}") from error
     if broken:
         raise UserError(f"{path}: {broken[0]} is not finite. Use an earlier checkpoint")
-    if 'meta' not in state:                                         # nanoGPT's files have none
-        state['meta'] = load_meta(dataset)
+    if 'meta' not in state:
+        state['meta'] = meta or load_meta(dataset)
     if state['meta'] is None and state['model_args']['vocab_size'] < 50257:
         raise UserError(f"{path}: its token ids are not GPT-2's, and there is no data/{dataset}/meta.pkl")
     return state

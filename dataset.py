@@ -48,9 +48,9 @@ def fingerprint(data: np.ndarray) -> dict:
 
 
 @lru_cache(maxsize=2)
-def epoch_order(n_tokens: int, block_size: int, seed: int, epoch: int) -> np.ndarray:
-    """Where the windows of an epoch start, (n,): side by side from a random offset, in a random order."""
-    rng, n = np.random.default_rng([seed, epoch]), max(1, n_tokens // block_size - 1)
+def epoch_order(n_tokens: int, block_size: int, n: int, seed: int, epoch: int) -> np.ndarray:
+    """Where the n windows of an epoch start: side by side from a random offset, in a random order."""
+    rng = np.random.default_rng([seed, epoch])
     offset = rng.integers(min(block_size, n_tokens - n * block_size))
     return offset + block_size * rng.permutation(n)
 
@@ -58,7 +58,8 @@ def epoch_order(n_tokens: int, block_size: int, seed: int, epoch: int) -> np.nda
 def epoch_starts(n_tokens: int, block_size: int, seed: int, first: int, batch_size: int) -> list[int]:
     """The starts of windows first, first + 1, ... of a run that reads each token once in an epoch."""
     n = max(1, n_tokens // block_size - 1)
-    return [epoch_order(n_tokens, block_size, seed, i // n)[i % n] for i in range(first, first + batch_size)]
+    windows = range(first, first + batch_size)
+    return [epoch_order(n_tokens, block_size, n, seed, i // n)[i % n] for i in windows]
 
 
 def draw_batch(data: np.memmap, batch_size: int, block_size: int, vocab_size: int, seed: int,

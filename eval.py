@@ -35,6 +35,7 @@ from dataset import load_split, tokenizer
 
 BATCH_TOKENS = 2**13           # of a forward pass at most
 
+
 @torch.no_grad()
 def token_losses(model, machine, x, y):
     """The loss in nats of each token y (B, T), given its row x (B, T) up to there: (B, T) float64, CPU."""

@@ -136,7 +136,7 @@ def load_start(meta, machine):
 
 def load_checkpoint(path, meta, machine, resumes):
     """The model of a checkpoint and its state, which is {} for a new run with its weights."""
-    saved = checkpoint.load(path)
+    saved = checkpoint.load(path, meta)
     if saved['meta'] != meta:
         raise UserError(f"data/{dataset} has a different vocabulary from the training data of {path}")
     before = saved['config'].get('optimizer', 'adamw')

@@ -71,6 +71,7 @@ def test_nanogpts_own_checkpoint_opens(tmp_path, checkout, monkeypatch):
     torch.save(state | {'config': {'dataset': 'nowhere'}}, tmp_path / 'ckpt.pt')
     with pytest.raises(UserError, match="not GPT-2's.* data/nowhere/meta.pkl"):
         load(tmp_path / 'ckpt.pt')
+    assert load(tmp_path / 'ckpt.pt', {'vocab_size': 23})['meta'] == {'vocab_size': 23}
 
 
 def test_a_hostile_checkpoint_is_refused_and_runs_nothing(tmp_path, monkeypatch):
