@@ -46,7 +46,7 @@ def test_the_tables(checkout, device):
     assert all(has_row(name, output) for name in KINDS), output
     assert len(re.findall(r'^\S.* +[\d.]+ +[\d.]+%$', output, re.MULTILINE)) == 10  # the profile
     assert json.loads((checkout / 'bench-trace.json').read_text(encoding='utf-8'))['traceEvents']
-    ours = [line for line in output.splitlines() if not re.match(r'[A-Z]+:\d{4}-', line)]  # the profiler's own
+    ours = [line for line in output.splitlines() if not re.match(r'[A-Z]+:\d{4}-', line)]  # not Kineto's
     assert all(len(line) <= 80 for line in ours), output
 
 
