@@ -178,16 +178,12 @@ def load(path: str | Path, meta: dict | None = None) -> dict:
         state = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
         state['hash'] = hashlib.sha256(repr([(e.filename, e.CRC) for e in entries]).encode()).hexdigest()
         state.update(path=Path(path), config=state.get('config', {}))
-        dataset = state['config'].get('dataset', '')
-        weights, _ = state['model'], state['model_args']['vocab_size']
-        broken = [name for name, weight in weights.items() if not weight.float().sum().isfinite()]
+        dataset, vocab_size = state['config'].get('dataset', ''), state['model_args']['vocab_size']
     except Exception as error:                                      # damaged files raise almost anything
         raise UserError(f"{path} is damaged or not a checkpoint: {error!r}") from error
-    if broken:
-        raise UserError(f"{path}: {broken[0]} is not finite. Use an earlier checkpoint")
     if 'meta' not in state:
         state['meta'] = meta or load_meta(dataset)
-    if state['meta'] is None and state['model_args']['vocab_size'] < 50257:
+    if state['meta'] is None and vocab_size < 50257:
         raise UserError(f"{path}: its token ids are not GPT-2's, and there is no data/{dataset}/meta.pkl")
     return state
 
@@ -208,19 +204,20 @@ def build_model(state: dict, **overrides) -> GPT:
     return model
 
 
-def load_model(name: str | Path) -> tuple[GPT, dict]:
-    """The model, in eval mode on the CPU, and the state of a run's folder, a checkpoint or a GPT-2."""
-    if name in GPT2_NAMES or (Path(name) / 'config.json').exists():
-        return pretrained(name).eval(), {'path': Path(name), 'iter_num': 0, 'config': {}, 'meta': None}
-    state = load(find(name))
-    return build_model(state).eval(), state
+def load_model(name: str | Path, meta: dict | None = None, **overrides) -> tuple[GPT, dict]:
+    """The model, in eval mode on the CPU, and the state of a run's folder, a checkpoint or a GPT-2.
 
-
-def pretrained(name: str, dropout: float = 0.0) -> GPT:
-    """GPT-2, or one that transformers saved in a folder. Raises UserError if its tokens are not GPT-2's."""
-    model = GPT.from_pretrained(name, {'dropout': dropout})
+    GPT-2 means one of GPT2_NAMES, or a folder of transformers; its state is path, iter_num, config and meta.
+    meta: as in load(). overrides: fields of the GPTConfig. Raises UserError if a GPT-2's tokens are others.
+    """
+    if name not in GPT2_NAMES and not (Path(name) / 'config.json').exists():
+        state = load(find(name), meta)
+        return build_model(state, **overrides).eval(), state
+    if meta and 'itos' in meta:
+        raise UserError(f"the data has a vocabulary of its own, and {name} has GPT-2's tokens")
+    model = GPT.from_pretrained(name, overrides)
     files = [Path(name) / file for file in ('vocab.json', 'tokenizer.json') if (Path(name) / file).exists()]
     is_gpt2s = all(re.search(r'"(\u0120|\\u0120)the": *262\b', file.read_text('utf-8')) for file in files)
     if not is_gpt2s or model.config.vocab_size < 50257:
         raise UserError(f"the token ids of {name} are not GPT-2's (for an export, use its run)")
-    return model
+    return model, {'path': Path(name), 'iter_num': 0, 'config': {}, 'meta': meta}

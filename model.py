@@ -367,7 +367,7 @@ class GPT(nn.Module):
 
     def crop_block_size(self, block_size: int) -> None:
         """Keep the first block_size positions. Call it before making an optimizer."""
-        assert block_size <= self.config.block_size, "positions can be cut off, not added"
+        assert block_size <= self.config.block_size or not self.config.has_wpe, "positions can't be added"
         self.config.block_size = block_size
         if self.config.has_wpe:
             wpe = self.transformer.wpe

@@ -110,10 +110,9 @@ def claim(machine):
 def load_start(meta, machine):
     """The model that the run starts with, and the state that it resumes from, {} for a new run."""
     names = ('last.pt', 'ckpt.pt')
-    found = machine.is_master and any((Path(out_dir) / name).exists() for name in names)
-    if init_from == 'resume' or machine.any(found) and (init_from == 'auto' or IS_RESTART):
-        return load_checkpoint(checkpoint.find(out_dir, names), meta, machine, resumes=True)
-    if init_from in ('scratch', 'auto'):
+    found = machine.any(machine.is_master and any((Path(out_dir) / name).exists() for name in names))
+    goes_on = init_from == 'resume' or found and (init_from == 'auto' or IS_RESTART)
+    if init_from in ('scratch', 'auto') and not goes_on:
         torch.manual_seed(derive_seed(seed, runtime.INIT))
         sizes = {name: globals()[name] for name in MODEL_SETTINGS}
         vocab_size = meta['vocab_size'] if meta else 50304          # GPT-2's 50257, padded for speed
@@ -122,31 +121,18 @@ def load_start(meta, machine):
         except ValueError as error:                                 # sizes that do not fit together
             raise UserError(error) from None
         return GPT(config), {}
-    saved = {}
-    if init_from in checkpoint.GPT2_NAMES or (Path(init_from) / 'config.json').exists():
-        if meta and 'itos' in meta:
-            raise UserError(f"data/{dataset} has a vocabulary of its own, and {init_from} has GPT-2's tokens")
-        model = checkpoint.pretrained(init_from, dropout)
-    else:
-        model, saved = load_checkpoint(checkpoint.find(init_from), meta, machine, init_from.endswith('.pt'))
-    if not saved and block_size < model.config.block_size:
-        model.crop_block_size(block_size)
-    return model, saved
-
-
-def load_checkpoint(path, meta, machine, resumes):
-    """The model of a checkpoint and its state, which is {} for a new run with its weights."""
-    saved = checkpoint.load(path, meta)
+    source = checkpoint.find(out_dir, names) if goes_on else init_from
+    resumes = goes_on or init_from.endswith('.pt')
+    model, saved = checkpoint.load_model(source, meta, dropout=dropout)
+    path, before = saved['path'], saved['config'].get('optimizer', 'adamw')
     if saved['meta'] != meta:
         raise UserError(f"data/{dataset} has a different vocabulary from the training data of {path}")
-    before = saved['config'].get('optimizer', 'adamw')
     if resumes and before != optimizer:
         raise UserError(f"{path} was trained with optimizer={before}: resume with that, not {optimizer}")
-    model = checkpoint.build_model(saved, dropout=dropout)
-    if not resumes and not model.config.has_wpe:
-        model.config.block_size = block_size                        # train short, go on long
     at = f" at iteration {saved['iter_num']}" if resumes else ", its weights alone"
     machine.print(f"{'resuming' if resumes else 'starting'} from {path}{at}")
+    if not resumes and (block_size < model.config.block_size or not model.config.has_wpe):
+        model.crop_block_size(block_size)                           # or extend it: train short, go on long
     return model, saved if resumes else {}
 
 
@@ -154,22 +140,20 @@ def check_model(config, machine):
     """Print the sizes that weights decide against the settings. Raises UserError for a switch they lack."""
     for name in MODEL_SETTINGS:
         ours, theirs = globals()[name], getattr(config, name)
-        if ours != theirs and name not in checkpoint.NANOGPT_ARGS and ours != getattr(GPTConfig, name):
+        if ours == theirs:
+            continue
+        if name not in checkpoint.NANOGPT_ARGS and ours != getattr(GPTConfig, name):
             raise UserError(f"{name}={ours} does not fit weights that were trained without it")
-        if ours != theirs:
-            machine.print(f"{name}: {theirs!r} as in the weights, not {ours!r}")
+        machine.print(f"{name}: {theirs!r} as in the weights, not {ours!r}")
 
 
 def make_optimizer(model, saved, machine):
     """The optimizer and float16's gradient scaler. A saved state gives the moments, the settings the rest."""
-    betas = (beta1, beta2)
+    common = (weight_decay, learning_rate, (beta1, beta2))
     if optimizer == 'muon':
-        opt = configure_muon(model, weight_decay, learning_rate, betas, muon_learning_rate, muon_momentum,
-                             muon_steps)
-    elif optimizer == 'adamw':
-        opt = model.configure_optimizers(weight_decay, learning_rate, betas, machine.device.type)
+        opt = configure_muon(model, *common, muon_learning_rate, muon_momentum, muon_steps)
     else:
-        raise UserError(f"optimizer must be adamw or muon, got {optimizer!r}")
+        opt = model.configure_optimizers(*common, machine.device.type)
     if shard_optimizer and machine.world_size > 1:                  # ZeRO, stage 1 (Rajbhandari et al. 2020)
         opt = ZeroRedundancyOptimizer(opt.param_groups, type(opt))
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == 'float16')
@@ -298,6 +282,28 @@ def log(record, machine, folder, wandb):
         warnings.warn(f"not logged: {error!r}")
 
 
+def check_run(machine, *values):
+    """Raise UserError where the processes differ in their settings or the values, or these cannot work."""
+    settings = {name: globals()[name] for name in setting_names if name not in LAUNCH_SETTINGS}
+    if not machine.same([settings, *values]):
+        raise UserError("the processes differ in their settings, their data or their checkpoint: all "
+                        "machines need the same command, data/ and out_dir (a shared disk)")
+    if gradient_accumulation_steps < machine.world_size:
+        raise UserError(f"gradient_accumulation_steps={gradient_accumulation_steps} is too small for "
+                        f"{machine.world_size} processes: make it a multiple of their number")
+    for name, choices in (('optimizer', ('adamw', 'muon')), ('sampling', ('random', 'epochs'))):
+        if globals()[name] not in choices:
+            raise UserError(f"{name} must be {' or '.join(choices)}, got {globals()[name]!r}")
+
+
+def start_wandb(config, run_id):
+    """The module wandb, with a run that continues the one of this id."""
+    import wandb
+    wandb.init(project=wandb_project, name=wandb_run_name, config=config, id=run_id, resume='allow')
+    wandb.define_metric('*', step_metric='iter')
+    return wandb
+
+
 def train():
     """Train as the settings say."""
     with runtime.processes(device, dtype, compile, backend, timeout) as machine, claim(machine) as folder:
@@ -309,15 +315,7 @@ def train():
         T = raw_model.config.block_size
         splits = {split: load_split(dataset, split, T, meta) for split in ('train', 'val')}
         data = {split: fingerprint(tokens) for split, tokens in splits.items()}
-        settings = {name: globals()[name] for name in setting_names if name not in LAUNCH_SETTINGS}
-        if not machine.same([settings, data, saved.get('hash')]):
-            raise UserError("the processes differ in their settings, their data or their checkpoint: all "
-                            "machines need the same command, data/ and out_dir (a shared disk)")
-        if gradient_accumulation_steps < machine.world_size:
-            raise UserError(f"gradient_accumulation_steps={gradient_accumulation_steps} is too small for "
-                            f"{machine.world_size} processes: make it a multiple of their number")
-        if sampling not in ('random', 'epochs'):
-            raise UserError(f"sampling must be random or epochs, got {sampling!r}")
+        check_run(machine, data, saved.get('hash'))
         raw_model.train().to(machine.device)
         opt, scaler = make_optimizer(raw_model, saved, machine)
         params = list(raw_model.parameters())
@@ -333,16 +331,12 @@ def train():
             machine.print(f"data/{dataset} has changed since the checkpoint: the best val loss is reset")
             best_val_loss = math.inf
         config = {name: getattr(raw_model.config, name, globals()[name]) for name in setting_names}
-        wandb, wandb_id = None, saved.get('wandb_id') or os.urandom(4).hex()
-        if saved:
-            config['init_from'] = saved['config'].get('init_from', 'scratch')  # where it started first
+        config['init_from'] = saved['config'].get('init_from', 'scratch') if saved else init_from
+        wandb_id = saved.get('wandb_id') or os.urandom(4).hex()
         if folder:
             folder.start(config, iter_num, is_evaluated(iter_num), saved.get('path'))
         del saved                                                   # and its memory
-        if wandb_log and machine.is_master:
-            import wandb
-            wandb.init(project=wandb_project, name=wandb_run_name, config=config, id=wandb_id, resume='allow')
-            wandb.define_metric('*', step_metric='iter')
+        wandb = start_wandb(config, wandb_id) if wandb_log and machine.is_master else None
         stop = runtime.StopSignals()
 
         def get_batch(split, purpose, k):

@@ -102,7 +102,7 @@ def test_finetune_evaluate_and_resume(run_train, checkout, gpt2, capsys):
 
 
 def test_data_are_missed_before_a_download(run_train, monkeypatch):
-    monkeypatch.setattr(checkpoint, 'pretrained', None)
+    monkeypatch.setattr(checkpoint, 'load_model', None)
     with pytest.raises(UserError, match='no data/shakespeare/train.bin: run python data/shakespeare/'):
         run_train(init_from='gpt2-xl', dataset='shakespeare')
 
@@ -115,10 +115,10 @@ def test_samples(checkout, gpt2, bpe_files):
 def test_other_vocabularies_are_refused(gpt2):
     for text in ('{"Ġthe": 262}', r'{"\u0120the":262}'):
         (gpt2 / 'vocab.json').write_text(text, encoding='utf-8')
-        assert checkpoint.pretrained(gpt2).config.vocab_size == 50257
+        assert checkpoint.load_model(gpt2)[0].config.vocab_size == 50257
     (gpt2 / 'tokenizer.json').write_text('{"model": {"vocab": {"a": 0}}}')  # as of an export of characters
     with pytest.raises(UserError, match=f"the token ids of {gpt2} are not GPT-2's"):
-        checkpoint.pretrained(gpt2)
+        checkpoint.load_model(gpt2)
 
 
 def test_configs():

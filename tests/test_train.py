@@ -231,7 +231,7 @@ def test_eval_only_evaluates_once_and_leaves_everything(run_train, capsys):
     (dict(block_size=1_000_000), 'block_size=1000000 needs 1000001'),
     (dict(dtype='fp8'), "bfloat16 or float16, got 'fp8'"),
     (dict(optimizer='sgd'), "optimizer must be adamw or muon, got 'sgd'"),
-    (dict(init_from='gpt2'), "data/pydocs_char has a vocabulary of its own, and gpt2 has GPT-2's tokens"),
+    (dict(init_from='gpt2'), "the data has a vocabulary of its own, and gpt2 has GPT-2's tokens"),
     (dict(n_head=3), 'n_embd.*32.*n_head.*3'),
 ])
 def test_mistakes_are_told(run_train, settings, words):
