@@ -30,8 +30,10 @@ def orthogonalize(G: torch.Tensor, steps: int = 5) -> torch.Tensor:
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) for groups with a momentum, AdamW (Loshchilov and Hutter 2019) for others.
 
-    Muon's groups: dict(params, lr, weight_decay, momentum, stacked). A param is (stacked * R, C): `stacked`
-    matrices below one another that are orthogonalized separately, 3 for c_attn's q, k and v.
+    Muon's groups: dict(params, lr, weight_decay, momentum, stacked, beta2). A param is (stacked * R, C):
+    `stacked` matrices below one another that are orthogonalized separately, 3 for c_attn's q, k and v.
+    beta2 > 0 makes it NorMuon (Li et al. 2025, arXiv 2510.05491): an update's rows are divided by the root of
+    the running mean of their squares.
     AdamW's groups: dict(params, lr, weight_decay, betas). Both decay the weights by lr * weight_decay.
     """
 
@@ -52,11 +54,11 @@ class Muon(torch.optim.Optimizer):
                 for first in range(0, len(alike), n):
                     self._muon(alike[first:first + n], group)
 
-    def _states(self, params, name):
-        """What is kept under `name` for each of the params, zeros at first."""
+    def _states(self, params, name, columns=None):
+        """What is kept under `name` for each of the params, or the first columns of each; zeros at first."""
         for p in params:
             if name not in self.state[p]:
-                self.state[p][name] = torch.zeros_like(p)
+                self.state[p][name] = p.new_zeros(*p.shape[:-1], columns or p.size(-1))
         return [self.state[p][name] for p in params]
 
     def _muon(self, params, group):
@@ -68,6 +70,12 @@ class Muon(torch.optim.Optimizer):
         R, C = update.size(1) // group['stacked'], update.size(2)
         orthogonal = orthogonalize(update.view(-1, R, C), group['ns_steps'])
         update = orthogonal.reshape(update.shape).to(update.dtype)
+        if group.get('beta2', 0) > 0:
+            means = self._states(params, 'row_mean_square', columns=1)  # (stacked * R, 1) each
+            torch._foreach_lerp_(means, update.square().mean(2, keepdim=True).unbind(), 1 - group['beta2'])
+            scaled = update / torch.stack(means).sqrt().clamp(min=1e-7)
+            norm, scaled_norm = (x.norm(dim=(1, 2), keepdim=True) for x in (update, scaled))
+            update = scaled * (norm / scaled_norm.clamp(min=1e-7))  # only the proportions of the rows change
         torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
         torch._foreach_add_(params, update.unbind(), alpha=-group['lr'] * math.sqrt(max(1, R / C)))
 
@@ -81,12 +89,12 @@ class Muon(torch.optim.Optimizer):
               weight_decay=group['weight_decay'])
 
 
-def configure_muon(model, weight_decay, learning_rate, betas, muon_learning_rate, momentum, ns_steps) -> Muon:
+def configure_muon(model, weight_decay, learning_rate, betas, muon_learning_rate, momentum, beta2, ns_steps):
     """Muon for a model.GPT. lr_ratio, a group's rate over learning_rate, lets one schedule serve all."""
     matrices = {name: p for name, p in model.transformer.h.named_parameters() if p.dim() == 2}
     rest = [p for p in model.parameters() if all(p is not matrix for matrix in matrices.values())]
     muon = dict(lr=muon_learning_rate, lr_ratio=muon_learning_rate / learning_rate, momentum=momentum,
-                weight_decay=weight_decay)
+                beta2=beta2, weight_decay=weight_decay)
     adamw = dict(lr=learning_rate, lr_ratio=1.0, betas=betas)
     return Muon([dict(muon, params=[p for name, p in matrices.items() if 'c_attn' in name], stacked=3),
                  dict(muon, params=[p for name, p in matrices.items() if 'c_attn' not in name], stacked=1),

@@ -52,6 +52,7 @@ use_rope = False               # rotary position embeddings (Su et al. 2021) in 
 optimizer = 'adamw'            # or 'muon': Muon for the matrices of the blocks, AdamW for the rest
 muon_learning_rate = 0.02      # Muon's peak; follows the schedule of learning_rate
 muon_momentum = 0.95           # decay of Muon's running mean of the gradient
+muon_beta2 = 0.95              # of the mean squares that divide its update's rows (NorMuon); 0: plain Muon
 muon_steps = 5                 # of Newton-Schulz; fewer are faster and orthogonalize less
 learning_rate = 6e-4           # the peak
 max_iters = 600000             # updates in all
@@ -151,7 +152,7 @@ def make_optimizer(model, saved, machine):
     """The optimizer and float16's gradient scaler. A saved state gives the moments, the settings the rest."""
     common = (weight_decay, learning_rate, (beta1, beta2))
     if optimizer == 'muon':
-        opt = configure_muon(model, *common, muon_learning_rate, muon_momentum, muon_steps)
+        opt = configure_muon(model, *common, muon_learning_rate, muon_momentum, muon_beta2, muon_steps)
     else:
         opt = model.configure_optimizers(*common, machine.device.type)
     if shard_optimizer and machine.world_size > 1:                  # ZeRO, stage 1 (Rajbhandari et al. 2020)

@@ -14,8 +14,9 @@ def matrices():
     return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
 
 
-def muon_group(params, stacked=1, lr=0.02, momentum=0.95, weight_decay=0.1):
-    return dict(params=params, stacked=stacked, lr=lr, momentum=momentum, weight_decay=weight_decay)
+def muon_group(params, stacked=1, lr=0.02, momentum=0.95, weight_decay=0.1, beta2=0.0):
+    return dict(params=params, stacked=stacked, lr=lr, momentum=momentum, weight_decay=weight_decay,
+                beta2=beta2)
 
 
 def mixed():
@@ -121,7 +122,7 @@ def test_no_step_reads_a_tensor(device):
     with FakeTensorMode():
         shapes = (96, 32), (32, 99), (32,)
         params = [torch.nn.Parameter(torch.randn(shape, device=device)) for shape in shapes]
-        optimizer = Muon([muon_group(params[:1], stacked=3), muon_group(params[1:2]),
+        optimizer = Muon([muon_group(params[:1], stacked=3), muon_group(params[1:2], beta2=0.95),
                           dict(params=params[2:], lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)])
         for p in params:
             p.grad = torch.randn_like(p)
@@ -146,7 +147,7 @@ def test_muon_takes_the_matrices_of_the_blocks():
     model = GPT(GPTConfig(16, 40, 2, 2, 8, bias=True))
     model.transformer.h[1].attn.gate = torch.nn.Linear(8, 8)
     names = {p: name for name, p in model.named_parameters()}
-    optimizer = configure_muon(model, 0.1, 1e-3, (0.9, 0.95), 0.02, 0.9, 4)
+    optimizer = configure_muon(model, 0.1, 1e-3, (0.9, 0.95), 0.02, 0.9, 0.95, 4)
     groups = optimizer.param_groups
     q_k_v, others, decayed, vectors = [[names[p] for p in group['params']] for group in groups]
     blocks = [f'transformer.h.{i}.' for i in range(2)]
@@ -158,7 +159,27 @@ def test_muon_takes_the_matrices_of_the_blocks():
     assert [group['stacked'] for group in groups[:2]] == [3, 1]
     assert [group['lr_ratio'] for group in groups] == [20, 20, 1, 1]
     assert [group['weight_decay'] for group in groups] == [0.1, 0.1, 0.1, 0]
-    assert [group['ns_steps'] for group in groups[:2]] == [4, 4]
+    assert [(group['beta2'], group['ns_steps']) for group in groups[:2]] == 2 * [(0.95, 4)]
+
+
+def test_normuon_is_its_paper_in_float64():
+    """Its algorithm 1 (Li et al. 2025, arXiv 2510.05491), but with the norm of Muon's update."""
+    params, means, buffers = matrices()[3:], [0, 0], [0, 0]
+    optimizer = Muon([muon_group(params[:1], beta2=0.9), muon_group(params[1:], stacked=3, beta2=0.9)])
+    for iteration in range(3):
+        give_gradients(params, iteration)
+        before = [p.detach().clone() for p in params]
+        optimizer.step()
+        for i, (p, old) in enumerate(zip(params, before)):
+            buffers[i] = 0.95 * buffers[i] + 0.05 * p.grad
+            mixed = 0.95 * buffers[i] + 0.05 * p.grad
+            rows = torch.cat([orthogonalize(part[None])[0] for part in mixed.chunk([1, 3][i])]).double()
+            means[i] = 0.9 * means[i] + 0.1 * (rows ** 2).mean(dim=1)
+            expected = torch.stack([row / mean.sqrt() for row, mean in zip(rows, means[i])])
+            expected *= (rows ** 2).sum().sqrt() / (expected ** 2).sum().sqrt()
+            R, C = rows.size(0) // [1, 3][i], rows.size(1)
+            update = (old * (1 - 0.02 * 0.1) - p.detach()).double() / (0.02 * max(1, R / C) ** 0.5)
+            torch.testing.assert_close(update, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_matrices_in_portions(monkeypatch):
