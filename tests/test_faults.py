@@ -181,7 +181,7 @@ def test_twenty_kills(checkout, tmp_path):
     """kill -9 at random moments of a run that saves every other iteration: it ends as if left alone."""
     whole, parts = tmp_path / 'whole', tmp_path / 'parts'
     options = dict(max_iters=300, lr_decay_iters=300, learning_rate=1e-3,
-                   eval_interval=2, eval_iters=1, log_interval=50)
+                   eval_interval=10, eval_iters=1, save_interval=2, log_interval=50)
     run_script(checkout, 'train.py', *tiny(**options, out_dir=whole))
     rng = random.Random(0)
     for _ in range(20):
