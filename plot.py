@@ -3,6 +3,7 @@
     python plot.py out-shakespeare-char
     python plot.py out-a out-b --file=compared.png
 """
+import math
 from pathlib import Path
 
 # ---------------------------------------------------------------------------------------------------------
@@ -23,8 +24,11 @@ def plot_losses(folders, path):
     figure = Figure(figsize=(8, 5), layout='constrained')
     axes = figure.subplots()
     styles = {'loss': dict(lw=0.8, alpha=0.3), 'train_loss': dict(ls='--'), 'val_loss': dict(marker='.')}
+    titles = []
     for i, folder in enumerate(folders):
         records = read_metrics(folder)
+        best = min((record['val_loss'] for record in records if 'val_loss' in record), default=math.nan)
+        titles.append(f'{folder}: best val loss {best:.4f}')
         for key, style in styles.items():
             points = [(record['iter'], record[key]) for record in records if key in record]
             name = {'loss': 'batch', 'train_loss': 'train', 'val_loss': 'val'}[key]
@@ -32,7 +36,7 @@ def plot_losses(folders, path):
             color = f'C{i}' if len(folders) > 1 else None
             axes.plot([x for x, _ in points], [y for _, y in points], label=label, color=color, **style)
     axes.set(xlabel='iteration', ylabel='loss (nats per token)')
-    axes.set_title(', '.join(map(str, folders)), parse_math=False)  # a $ in a path means nothing
+    axes.set_title(', '.join(titles), parse_math=False)             # a $ in a path means nothing
     axes.grid(alpha=0.3)
     axes.legend(loc='upper right')
     with atomic_write(path) as png:

@@ -246,12 +246,15 @@ def print_plan(machine, config, n_params, splits):
     """Print what will be trained on what."""
     tokens, n = gradient_accumulation_steps * batch_size * config.block_size, len(splits['train'])
     positions = 'ALiBi' if config.use_alibi else 'rotary' if config.use_rope else 'learned'
+    muon = f"muon at {muon_learning_rate}, " if optimizer == 'muon' else ''
+    compiling = ", and the model is compiled" if machine.compile else ''
     machine.print(f"""\
 device:    {machine}
 data:      data/{dataset}, {n:,} train tokens, {len(splits['val']):,} val tokens
 model:     {n_params / 1e6:.2f}M parameters, {positions} positions, vocab_size {config.vocab_size}
 iteration: {tokens:,} tokens = {gradient_accumulation_steps} x {batch_size} x {config.block_size}
-run:       {max_iters:,} iterations = {max_iters * tokens / n:.2f} epochs, {optimizer} at {learning_rate}""")
+run:       {max_iters:,} iterations = {max_iters * tokens / n:.2f} epochs, {muon}adamw at {learning_rate}
+first:     {2 * eval_iters} batches are evaluated{compiling}""")
     if gradient_accumulation_steps % machine.world_size:
         machine.print(f"gradient_accumulation_steps={gradient_accumulation_steps} is not a multiple of the "
                       f"{machine.world_size} processes: some will sit idle")
@@ -419,10 +422,10 @@ def train():
             iter_num += 1
 
         if stop.received:
-            how = f"python train.py {out_dir}/config.py --init_from=resume" if last_saved else "nothing saved"
-            machine.print(f"interrupted at iteration {iter_num}: {how}")
+            how = f"\n    python train.py {out_dir}/config.py --init_from=resume" if last_saved else ''
+            machine.print(f"interrupted at iteration {iter_num}{how or ': nothing saved'}")
         elif not eval_only:
-            hint = f": python sample.py --out_dir={out_dir}" if last_saved else ''
+            hint = f"\n    python sample.py --out_dir={out_dir}" if last_saved else ''
             machine.print(f"done: {iter_num} iterations, best val loss {best_val_loss:.4f}{hint}")
 
 

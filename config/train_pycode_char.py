@@ -22,4 +22,4 @@ n_embd = 256
 max_iters = 1500
 lr_decay_iters = 1650
 warmup_iters = 50
-eval_interval = 500
+eval_interval = 250

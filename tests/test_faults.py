@@ -97,7 +97,7 @@ def test_a_signal_stops_before_the_update_saves_and_resumes_to_the_bit(
     assert losses(parts)[-1][2] is None                             # that of an update, not an evaluation
     output, errors = capfd.readouterr()
     assert f'{number.name}: stopping' in errors
-    assert f'interrupted at iteration {reached}: python train.py {parts}/config.py --init_from=' in output
+    assert f'interrupted at iteration {reached}\n    python train.py {parts}/config.py --init_from=' in output
     run_train('parts', dtype=dtype, init_from='resume')
     assert weights(whole) == weights(parts) and losses(whole) == losses(parts)
 
