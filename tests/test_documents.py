@@ -46,7 +46,7 @@ def commands():
     """The commands of all documents: those on lines of their own, then those in the text."""
     blocks, inline = [], []
     for name in DOCUMENTS:
-        text = (REPO / name).read_text(encoding='utf-8')
+        text = re.sub(r' \\\n +', ' ', (REPO / name).read_text(encoding='utf-8'))  # a line goes on after \
         for line in re.sub(r'```.*?```', '', text, flags=re.DOTALL).splitlines():
             if line.startswith('    '):
                 blocks.append(re.split(r' +# ', line)[0].strip())
