@@ -94,7 +94,8 @@ library_name: transformers
 # {name}
 
 A GPT with {'ALiBi' if args.get('use_alibi') else 'learned positions'}, trained by nanoALiBi on
-`{args.get('dataset')}` for {state['iter_num']} iterations. Best val loss: {float(state['best_val_loss']):.4f} nats per token.
+`{args.get('dataset')}` for
+{state['iter_num']} iterations. Best val loss: {float(state['best_val_loss']):.4f} nats per token.
 For lm_eval's likelihoods, a model of characters needs `--model_args pretrained={name},prefix_token_id=0`.
 
 | setting | value |
