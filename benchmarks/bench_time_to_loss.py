@@ -5,8 +5,10 @@
 Trains nanoGPT's settings (config/train_shakespeare_char_cpu.py) and the two configs with Muon, with seeds
 that were not used for tuning, side by side: each is held while the others run, a second or two in turn, so
 that a machine that slows down slows all. Compares training time, evaluations excluded, and the final loss
-over the whole val split. Draws docs/time_to_loss.png. About twelve minutes on two cores.
+over the whole val split. Writes docs/time_to_loss.json, from which docs/pictures.py draws. About twelve
+minutes on two cores.
 """
+import json
 import math
 import signal
 import statistics
@@ -16,18 +18,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
-from matplotlib.figure import Figure
 
 import checkpoint
 import runtime
 from dataset import load_split
 from eval import whole_text_losses
 
-# config/train_shakespeare_char_NAME.py: seconds of each turn, color and label of its curves
-CONFIGS = {'cpu': (2.0, 'tab:blue', "AdamW, nanoGPT's settings"),
-           'fast': (0.5, 'tab:orange', 'Muon + ALiBi, a short run'),
-           'muon_cpu': (2.0, 'tab:green', "Muon + ALiBi, a run of the same time")}
-WINDOWS = (64, 128, 512)       # of the losses; past 64 only with ALiBi
+# config/train_shakespeare_char_NAME.py: seconds of each turn, label of its curves
+CONFIGS = {'cpu': (2.0, "AdamW, nanoGPT's settings"),
+           'fast': (0.5, 'Muon + ALiBi, a short run'),
+           'muon_cpu': (2.0, 'Muon, a run of the same time')}
+WINDOWS = (64, 128)            # of the losses, up to a model's block_size
 
 
 def train_in_turn(seed, options):
@@ -62,32 +63,25 @@ def evaluate(out_dir):
             seconds += (record['ms'] if record['ms'] < 5 * median else usual) / 1000
     model, state = checkpoint.load_model(Path(out_dir) / 'last.pt')
     data = torch.from_numpy(load_split(state['config']['dataset'], 'val', 64, state['meta']).astype('int64'))
-    windows, machine = WINDOWS if model.config.use_alibi else WINDOWS[:1], runtime.set_up('cpu')
+    machine, windows = runtime.set_up('cpu'), [T for T in WINDOWS if T <= model.config.block_size]
     losses = {T: whole_text_losses(model, machine, data, T).mean().item() for T in windows}
     return seconds, curve, {T: round(loss, 4) for T, loss in losses.items()}
 
 
 def main(seeds, *options):
-    axes = Figure(figsize=(7, 4.5), layout='constrained').subplots()
-    results = {config: [] for config in CONFIGS}                    # (seconds, {window: loss}) of each seed
+    results = {config: [] for config in CONFIGS}                    # a dict for each seed
     for seed in seeds:
         for config, out_dir in train_in_turn(seed, options).items():
             seconds, curve, losses = evaluate(out_dir)
-            results[config].append((seconds, losses))
+            results[config].append({'seed': seed, 'seconds': seconds, 'losses': losses, 'curve': curve})
             print(f"seed {seed}, {config}: {seconds:.1f} s, losses by window {losses}", flush=True)
-            label = CONFIGS[config][2] if seed == seeds[0] else None
-            axes.plot(*zip(*curve), color=CONFIGS[config][1], lw=1.2, label=label)
     for config, runs in results.items():
-        ratios = [ours[0] / plain[0] for ours, plain in zip(runs, results['cpu'])]
-        losses = {window: statistics.median(run[1][window] for run in runs) for window in runs[0][1]}
+        ratios = [ours['seconds'] / plain['seconds'] for ours, plain in zip(runs, results['cpu'])]
+        losses = {T: statistics.median(run['losses'][T] for run in runs) for T in runs[0]['losses']}
         print(f"{config}: time / cpu {statistics.median(ratios):.3f}, median losses by window {losses}")
-    plain_loss = statistics.median(losses[64] for _, losses in results['cpu'])
-    axes.axhline(plain_loss, color='gray', lw=0.8, ls='--', label="nanoGPT's settings, final loss")
-    axes.set(xlabel='training time on two CPU cores (s)', ylabel='val loss (nats per character)',
-             ylim=(1.6, 3.0), title=f'Time to a loss: tiny Shakespeare, 0.8M parameters, {len(seeds)} seeds')
-    axes.grid(alpha=0.3)
-    axes.legend()
-    axes.figure.savefig('docs/time_to_loss.png', dpi=110)
+    data = {'loss': statistics.median(run['losses'][64] for run in results['cpu']),
+            'runs': {CONFIGS[config][1]: runs for config, runs in results.items()}}
+    Path('docs/time_to_loss.json').write_text(json.dumps(data))
 
 
 if __name__ == '__main__':

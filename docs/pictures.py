@@ -1,0 +1,65 @@
+"""Draw the pictures of the documents anew, from the numbers beside them: python docs/pictures.py
+
+    first_screen.json          title, time and val loss, text of each pane
+    time_to_loss.json          benchmarks/bench_time_to_loss.py writes it
+    alibi_extrapolation.json   sample_alibi_extrapolation.py writes it
+"""
+import json
+import sys
+import textwrap
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+DOCS = Path(__file__).resolve().parent
+sys.path.insert(0, str(DOCS.parent))
+ACCENT, GREY = 'tab:orange', '0.45'  # ALiBi's and Muon's color everywhere; that of what they are compared with
+
+
+def first_screen(panes, path):
+    """What models write, side by side. panes: [{title, loss, text}]."""
+    figure = Figure(figsize=(12, 3.1))
+    for i, pane in enumerate(panes):
+        axes = figure.add_axes((i / len(panes) + 0.006, 0.02, 1 / len(panes) - 0.012, 0.86))
+        color = GREY if i == 0 else ACCENT
+        axes.text(0, 1.03, pane['title'], color=color, weight='bold', size=11, transform=axes.transAxes)
+        axes.text(1, 1.03, f"val loss {pane['loss']:.2f}", color=color, ha='right', size=10,
+                  transform=axes.transAxes)
+        lines = [part for line in pane['text'].splitlines() for part in textwrap.wrap(line, 38) or ['']]
+        axes.text(0.03, 0.95, '\n'.join(lines[:14]), va='top', family='monospace', size=8.2, linespacing=1.3,
+                  parse_math=False, transform=axes.transAxes)
+        axes.set(xticks=[], yticks=[], facecolor='0.97')
+        for spine in axes.spines.values():
+            spine.set_color('0.8')
+    figure.savefig(path, dpi=110)
+
+
+def time_to_loss(data, path):
+    """The val loss over training time. data: {runs: {label: [{seconds, curve}]}, loss: the dashed line}."""
+    figure = Figure(figsize=(8, 5), layout='constrained')
+    axes = figure.subplots()
+    styles = [dict(color=GREY, lw=1.2), dict(color=ACCENT, lw=2), dict(color='brown', lw=2)]
+    for (label, runs), style in zip(data['runs'].items(), styles):
+        for i, run in enumerate(runs):
+            axes.plot(*zip(*run['curve']), label=label if i == 0 else None, **style)
+    axes.axhline(data['loss'], color=GREY, lw=0.8, ls='--', label="nanoGPT's settings, final loss")
+    axes.set(xlabel='training time on two CPU cores (s)', ylabel='val loss (nats per character)',
+             ylim=(1.55, 3.0), title='Time to a loss: tiny Shakespeare, 0.8M parameters, three seeds')
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    def load(name):
+        return json.loads((DOCS / f'{name}.json').read_text(encoding='utf-8'))
+
+    from sample_alibi_extrapolation import plot
+    first_screen(load('first_screen'), DOCS / 'first_screen.png')
+    time_to_loss(load('time_to_loss'), DOCS / 'time_to_loss.png')
+    for path in DOCS.glob('alibi_*.json'):
+        plot(load(path.stem)['methods'], path.with_suffix('.png'))
+
+
+if __name__ == '__main__':
+    main()
