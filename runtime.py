@@ -145,8 +145,12 @@ class Machine(NamedTuple):
                 f"processes: {self.world_size}")
 
 
-def set_up(device: str = 'auto', dtype: str = 'auto', compile: bool | str = 'auto') -> Machine:
-    """Choose what 'auto' leaves open, and set PyTorch's global switches (device, TF32, and those below)."""
+def set_up(device: str = 'auto', dtype: str = 'auto', compile: bool | str = 'auto',
+           is_large: bool = False) -> Machine:
+    """Choose what 'auto' leaves open, and set PyTorch's global switches (device, TF32, and those below).
+
+    is_large: the model gains from 16 bits on a CPU that computes with them.
+    """
     if device == 'auto':
         device = torch.accelerator.current_accelerator(check_available=True) or 'cpu'
     device = torch.device(device)
@@ -155,8 +159,11 @@ def set_up(device: str = 'auto', dtype: str = 'auto', compile: bool | str = 'aut
     if device.index is not None:
         torch.accelerator.set_device_index(device)
     if dtype == 'auto':
-        dtype = 'float32' if device.type != 'cuda' else \
-            'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
+        if device.type == 'cuda':
+            dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
+        else:
+            has_bf16 = device.type == 'cpu' and torch.cpu._is_avx512_bf16_supported()
+            dtype = 'bfloat16' if is_large and has_bf16 else 'float32'
     if dtype not in ('float32', 'bfloat16', 'float16'):
         raise UserError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
     if compile not in (True, False, 'auto'):
@@ -174,9 +181,9 @@ def set_up(device: str = 'auto', dtype: str = 'auto', compile: bool | str = 'aut
 
 @contextmanager
 def processes(device: str = 'auto', dtype: str = 'auto', compile: bool | str = 'auto', backend: str = 'auto',
-              timeout: float = 1800) -> Iterator[Machine]:
+              timeout: float = 1800, is_large: bool = False) -> Iterator[Machine]:
     """set_up(), and under torchrun a process group. timeout: seconds that a process waits for the others."""
-    machine = set_up(device, dtype, compile)
+    machine = set_up(device, dtype, compile, is_large)
     if 'RANK' not in os.environ:
         yield machine
         return

@@ -310,7 +310,9 @@ def start_wandb(config, run_id):
 
 def train():
     """Train as the settings say."""
-    with runtime.processes(device, dtype, compile, backend, timeout) as machine, claim(machine) as folder:
+    is_large = n_embd >= 384
+    with (runtime.processes(device, dtype, compile, backend, timeout, is_large) as machine,
+          claim(machine) as folder):
         # model, data, optimizer
         meta = load_meta(dataset)
         load_split(dataset, 'train', 1, meta)                       # not there? Before weights are loaded

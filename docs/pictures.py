@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS.parent))
-ACCENT, GREY = 'tab:orange', '0.45'  # ALiBi's and Muon's color everywhere; that of what they are compared with
+ACCENT, GREY = 'tab:orange', '0.45'  # of ALiBi and Muon everywhere; of what they are compared with
 
 
 def first_screen(panes, path):

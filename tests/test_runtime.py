@@ -39,6 +39,13 @@ def test_auto(computer, device, options, chosen):
     assert set_up(dtype='float32', compile=not chosen[2])[1:3] == ('float32', not chosen[2])
 
 
+@pytest.mark.parametrize('is_large, has_bf16, dtype', [
+    (True, True, 'bfloat16'), (True, False, 'float32'), (False, True, 'float32')])
+def test_auto_takes_16_bits_for_large_models_on_a_cpu_that_has_them(monkeypatch, is_large, has_bf16, dtype):
+    monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: has_bf16)
+    assert set_up(device='cpu', is_large=is_large).dtype == dtype
+
+
 def test_a_process_takes_the_gpu_of_its_local_rank(computer, monkeypatch):
     computer('cuda')
     monkeypatch.setenv('LOCAL_RANK', '3')
