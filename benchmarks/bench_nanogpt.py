@@ -25,8 +25,8 @@ from bench import spread
 SIZES = {  # seconds of a block, vocab_size, settings
     'small': (2, 65, ['--block_size=64', '--batch_size=12', '--n_layer=4', '--n_head=4', '--n_embd=128']),
     '124M': (60, 50304, ['--batch_size=4'])}
-OPTIONS = ['--dataset=bench', '--gradient_accumulation_steps=1', '--device=cpu', '--compile=False',
-           '--eval_iters=1', '--eval_interval=1000000', '--log_interval=1']
+OPTIONS = ['--dataset=bench', '--gradient_accumulation_steps=1', '--device=cpu', '--dtype=float32',
+           '--compile=False', '--eval_iters=1', '--eval_interval=1000000', '--log_interval=1']
 
 
 def start(folder, n_ids, options, log):

@@ -351,7 +351,7 @@ def test_compiled_in_two_processes_with_several_buckets(checkout, tmp_path, conf
         ids = np.random.default_rng(0).zipf(1.3, size=5000) % 50257
         ids.astype('<u2').tofile(checkout / f'data/random/{split}.bin')
     options = dict(
-        dataset='pydocs_char', device='cpu', wandb_log=False,
+        dataset='pydocs_char', device='cpu', dtype='float32', wandb_log=False,
         n_layer=2, block_size=32, batch_size=2, gradient_accumulation_steps=4,
         max_iters=2, eval_interval=2, eval_iters=2, learning_rate=0.0, min_lr=0.0, grad_clip=0.0)
     command = ['train.py', f'config/{config}', *arguments(**options | settings)]
