@@ -221,11 +221,10 @@ def test_machines_with_different_states_are_refused(run_train, checkout, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
-def test_a_compiled_run_resumes_to_the_bit_on_two_threads(checkout, tmp_path, optimizer):
-    """Inductor would add up the embedding's gradient in whatever order the threads come."""
+def test_a_compiled_run_resumes_to_the_bit_on_two_threads(checkout, tmp_path):
+    """Inductor would add up the gradient of the embedding, which AdamW updates, in any order of the threads."""
     options = tiny(n_head=4, n_embd=128, block_size=64, batch_size=12, dropout=0.0, compile=True,
-                   optimizer=optimizer)
+                   optimizer='muon')
     for out_dir, more in (('whole', []), ('parts', ['--max_iters=10']), ('parts', ['--init_from=resume'])):
         run_script(checkout, 'train.py', *options, f'--out_dir={tmp_path}/{out_dir}', *more,
                    env={'OMP_NUM_THREADS': '2'})
