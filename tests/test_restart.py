@@ -222,7 +222,7 @@ def test_machines_with_different_states_are_refused(run_train, checkout, tmp_pat
 
 @pytest.mark.slow
 def test_a_compiled_run_resumes_to_the_bit_on_two_threads(checkout, tmp_path):
-    """Inductor would add up the gradient of the embedding, which AdamW updates, in any order of the threads."""
+    """Inductor would add up the gradient of the embedding, which is AdamW's, in any order of the threads."""
     options = tiny(n_head=4, n_embd=128, block_size=64, batch_size=12, dropout=0.0, compile=True,
                    optimizer='muon')
     for out_dir, more in (('whole', []), ('parts', ['--max_iters=10']), ('parts', ['--init_from=resume'])):
