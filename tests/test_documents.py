@@ -11,7 +11,8 @@ from forked import Forked
 from prepare_text import char_meta, write_splits
 from test_gpt2 import save_gpt2
 
-DOCUMENTS = ['README.md', 'CONTRIBUTING.md', 'docs/robustness.md', 'docs/alibi.md', 'docs/performance.md']
+DOCUMENTS = ['README.md', 'CONTRIBUTING.md', 'docs/tour.md', 'docs/robustness.md', 'docs/alibi.md',
+             'docs/performance.md']
 COMMAND = re.compile(r'(python|torchrun|\.venv/bin/python) .*\.py|python -c .|(pip|make|bash|sbatch) .')
 
 # what is not run here, by how it begins, and why
