@@ -179,8 +179,11 @@ def load(path: str | Path, meta: dict | None = None) -> dict:
         state['hash'] = hashlib.sha256(repr([(e.filename, e.CRC) for e in entries]).encode()).hexdigest()
         state.update(path=Path(path), config=state.get('config', {}))
         dataset, vocab_size = state['config'].get('dataset', ''), state['model_args']['vocab_size']
+        broken = [name for name, weight in state['model'].items() if not weight.float().sum().isfinite()]
     except Exception as error:                                      # damaged files raise almost anything
         raise UserError(f"{path} is damaged or not a checkpoint: {error!r}") from error
+    if broken:
+        raise UserError(f"{path}: {broken[0]} is not finite. Use an earlier checkpoint")
     if 'meta' not in state:
         state['meta'] = meta or load_meta(dataset)
     if state['meta'] is None and vocab_size < 50257:

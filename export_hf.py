@@ -42,7 +42,7 @@ def convert(model, end_id):
     c, state, ends = model.config, model.state_dict(), dict(bos_token_id=end_id, eos_token_id=end_id)
     switches = checkpoint.model_args(c).keys() - {*checkpoint.NANOGPT_ARGS, 'gelu'}
     if switches - {'use_alibi'} or c.use_alibi and (c.bias or c.gelu != 'erf'):
-        raise UserError(f"neither GPT-2 nor MPT has {', '.join(switches)} with bias={c.bias}, gelu={c.gelu}")
+        raise UserError(f"GPT-2 has no {', '.join(switches)}; MPT has use_alibi, with bias=False, gelu=erf")
     if c.use_alibi:
         peer = MptForCausalLM(MptConfig(
             vocab_size=c.vocab_size, d_model=c.n_embd, n_layers=c.n_layer, n_heads=c.n_head, no_bias=True,

@@ -68,11 +68,11 @@ class Machine(NamedTuple):
     def is_master(self) -> bool:
         return self.rank == 0
 
-    def print(self, *text: object) -> None:
+    def print(self, *text: object, **options) -> None:
         """Print in one of the processes, until nobody reads it any more, as behind `| head`."""
         if self.is_master:
             try:
-                print(*text, flush=True)
+                print(*text, flush=True, **options)
             except OSError:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 

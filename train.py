@@ -130,11 +130,16 @@ def load_start(meta, machine):
         raise UserError(f"data/{dataset} has a different vocabulary from the training data of {path}")
     if resumes and before != optimizer:
         raise UserError(f"{path} was trained with optimizer={before}: resume with that, not {optimizer}")
-    at = f" at iteration {saved['iter_num']}" if resumes else ", its weights alone"
-    machine.print(f"{'resuming' if resumes else 'starting'} from {path}{at}")
-    if not resumes and (block_size < model.config.block_size or not model.config.has_wpe):
+    if resumes:
+        changed = [f"{name} {old!r} -> {globals()[name]!r}" for name, old in saved['config'].items()
+                   if name in setting_names and old != globals()[name]
+                   and name not in (*MODEL_SETTINGS, *LAUNCH_SETTINGS)]
+        machine.print(f"resuming from {path} at iteration {saved['iter_num']}", *changed, sep='\n    ')
+        return model, saved
+    machine.print(f"starting from {path}, its weights alone")
+    if block_size < model.config.block_size or not model.config.has_wpe:
         model.crop_block_size(block_size)                           # or extend it: train short, go on long
-    return model, saved if resumes else {}
+    return model, {}
 
 
 def check_model(config, machine):
@@ -295,9 +300,6 @@ def check_run(machine, *values):
     if gradient_accumulation_steps < machine.world_size:
         raise UserError(f"gradient_accumulation_steps={gradient_accumulation_steps} is too small for "
                         f"{machine.world_size} processes: make it a multiple of their number")
-    for name, choices in (('optimizer', ('adamw', 'muon')), ('sampling', ('random', 'epochs'))):
-        if globals()[name] not in choices:
-            raise UserError(f"{name} must be {' or '.join(choices)}, got {globals()[name]!r}")
 
 
 def start_wandb(config, run_id):
@@ -310,12 +312,14 @@ def start_wandb(config, run_id):
 
 def train():
     """Train as the settings say."""
-    is_large = n_embd >= 384
-    with (runtime.processes(device, dtype, compile, backend, timeout, is_large) as machine,
+    for name, choices in (('optimizer', ('adamw', 'muon')), ('sampling', ('random', 'epochs'))):
+        if globals()[name] not in choices:
+            raise UserError(f"{name} must be {' or '.join(choices)}, got {globals()[name]!r}")
+    with (runtime.processes(device, dtype, compile, backend, timeout, is_large=n_embd >= 384) as machine,
           claim(machine) as folder):
         # model, data, optimizer
         meta = load_meta(dataset)
-        load_split(dataset, 'train', 1, meta)                       # not there? Before weights are loaded
+        load_split(dataset, 'train', 1, meta)                       # missing data are told before a download
         raw_model, saved = load_start(meta, machine)
         check_model(raw_model.config, machine)
         T = raw_model.config.block_size

@@ -100,8 +100,10 @@ def test_unusable_checkpoints_are_named(tmp_path):
     save(tmp_path)
     mark_as_folder(tmp_path / 'ckpt.pt')
     torch.save([1], tmp_path / 'list.pt')
-    for name in ('ckpt.pt', 'list.pt'):
-        with pytest.raises(UserError, match=f'{name} is damaged'):
+    weights = {'lm_head.weight': torch.tensor([1.0, torch.nan])}
+    torch.save({'model': weights, 'model_args': {'vocab_size': 5}}, tmp_path / 'nan.pt')
+    for name, words in (('ckpt.pt', 'is damaged'), ('list.pt', 'is damaged'), ('nan.pt', 'lm_head.weight')):
+        with pytest.raises(UserError, match=f'{name}:? {words}'):
             load(tmp_path / name)
 
 

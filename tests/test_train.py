@@ -328,7 +328,7 @@ def test_two_processes_equal_one(checkout, tmp_path, settings):
 
 def test_each_process_needs_a_micro_batch(run_train, monkeypatch):
     four = nullcontext(CPU._replace(world_size=4))
-    monkeypatch.setattr(runtime, 'processes', lambda *settings: four)
+    monkeypatch.setattr(runtime, 'processes', lambda *settings, **more: four)
     for name in ('any', 'same'):
         monkeypatch.setattr(Machine, name, lambda self, value: bool(value))
     with pytest.raises(UserError, match='gradient_accumulation_steps=3 .* 4 processes'):
@@ -372,6 +372,20 @@ def test_compiled_in_two_processes_with_several_buckets(checkout, tmp_path, conf
     for i, state in eager['optimizer']['state'].items():
         a, b = state['exp_avg'], compiled['optimizer']['state'][i]['exp_avg']
         assert a.norm() > 1e-3 and (a - b).norm() < 1e-5 * a.norm()
+
+
+def test_a_misspelt_choice_moves_no_run(run_train):
+    out_dir = run_train(max_iters=2)
+    with pytest.raises(UserError, match="optimizer must be adamw or muon, got 'mun'"):
+        run_train(optimizer='mun')
+    assert (out_dir / 'last.pt').exists() and not (out_dir / 'previous').exists()
+
+
+def test_a_resume_says_which_settings_have_changed(run_train, capsys):
+    run_train(max_iters=10)
+    capsys.readouterr()
+    run_train(init_from='resume', learning_rate=5e-3, log_interval=5)
+    assert ' at iteration 10\n    learning_rate 0.01 -> 0.005\n    max_iters 10 -> 20\n' in capsys.readouterr().out
 
 
 def test_make_knows_its_targets():
