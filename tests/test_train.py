@@ -385,7 +385,8 @@ def test_a_resume_says_which_settings_have_changed(run_train, capsys):
     run_train(max_iters=10)
     capsys.readouterr()
     run_train(init_from='resume', learning_rate=5e-3, log_interval=5)
-    assert ' at iteration 10\n    learning_rate 0.01 -> 0.005\n    max_iters 10 -> 20\n' in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert ' at iteration 10\n    learning_rate 0.01 -> 0.005\n    max_iters 10 -> 20\n' in output
 
 
 def test_make_knows_its_targets():
