@@ -24,7 +24,7 @@ def plot_losses(folders, path):
     figure = Figure(figsize=(8, 5), layout='constrained')
     axes = figure.subplots()
     styles = {'loss': dict(lw=0.8, alpha=0.3), 'train_loss': dict(ls='--'), 'val_loss': dict(marker='.')}
-    titles = []
+    titles, late = [], []
     for i, folder in enumerate(folders):
         records = read_metrics(folder)
         best = min((record['val_loss'] for record in records if 'val_loss' in record), default=math.nan)
@@ -35,7 +35,10 @@ def plot_losses(folders, path):
             label = name if len(folders) == 1 else f'{folder}: {name}'
             color = f'C{i}' if len(folders) > 1 else None
             axes.plot([x for x, _ in points], [y for _, y in points], label=label, color=color, **style)
+            late += [y for x, y in points if x > 0.03 * records[-1]['iter']]
     axes.set(xlabel='iteration', ylabel='loss (nats per token)')
+    if late:                                                        # the first steep fall would hide the rest
+        axes.set_ylim(top=max(late) + 0.1 * (max(late) - min(late)))
     axes.set_title(', '.join(titles), parse_math=False)             # a $ in a path means nothing
     axes.grid(alpha=0.3)
     axes.legend(loc='upper right')

@@ -3,7 +3,8 @@
     python data/shakespeare_char/prepare.py
     python train.py config/train_shakespeare_char_muon.py
 
-Not measured yet. (nanoGPT reports a val loss of 1.4697 for this model: A100, three minutes.)
+Measured (2 vCPUs of an AMD EPYC, 2026-11-27, seed 1, interrupted once): 1.6 hours beside other work; loss
+over the whole val split 1.4315 in windows of 256. nanoGPT reports 1.4697 for this model (A100, 3 minutes).
 """
 from pathlib import Path
 
@@ -15,9 +16,10 @@ use_alibi = True
 
 dtype = 'bfloat16'             # half of float32's time on a CPU that has it
 batch_size = 32
+sampling = 'epochs'
 eval_interval = 125
 eval_iters = 20
-save_interval = 25
+save_interval = 20
 
 max_iters = 1500               # 12 epochs
 lr_decay_iters = 1500
