@@ -30,8 +30,8 @@ use_alibi = True
 device = 'cpu'
 compile = False                # compiling takes longer than it saves at this size
 
-max_iters = 360
-lr_decay_iters = 396           # not 360: iterations at a rate near 0 would be wasted
+max_iters = 340
+lr_decay_iters = 374           # not 340: iterations at a rate near 0 would be wasted
 warmup_iters = 20
 optimizer = 'muon'
 muon_learning_rate = 0.02
