@@ -300,11 +300,11 @@ class GPT(nn.Module):
         vocab_size: ids from here on (padding of the vocabulary) are never drawn.
         generators: a torch.Generator for each row, so that a row's text does not depend on the others.
         decode: this model compiled with fixed shapes, for all tokens but the first.
-        Beyond block_size a model with learned positions sees the last block_size tokens, computed again for
-        every token since all positions shift; otherwise the context just grows.
+        Beyond block_size the context just grows with ALiBi. Other models see the last block_size tokens,
+        computed again for every token since all positions shift (rotary ones would run, but write nonsense).
         """
         end = idx.size(1) + max_new_tokens
-        limit = self.config.block_size if self.config.has_wpe else end
+        limit = end if self.config.use_alibi else self.config.block_size
         cache, forward, new = KVCache(min(limit, end), idx.device), self, idx
         stopped = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):

@@ -195,11 +195,11 @@ def test_cached_logits_equal_uncached_ones(positions, T, pieces):
 @pytest.mark.parametrize('positions', [{}, ALIBI, ROPE])
 @pytest.mark.parametrize('T', [3, 16, 20])
 def test_generate_equals_a_full_forward_for_each_token(positions, T):
-    """Past block_size too: there learned positions see the last block_size tokens, others all of them."""
+    """Past block_size too: there models without ALiBi see the last block_size tokens, with it all of them."""
     model, idx = small(**positions), random_ids(2, T)
     expected = idx
     for _ in range(30):
-        context = expected if positions else expected[:, -SMALL['block_size']:]
+        context = expected if positions == ALIBI else expected[:, -SMALL['block_size']:]
         new = all_logits(model, context)[:, -1].argmax(-1, keepdim=True)    # (2, 1)
         expected = torch.cat((expected, new), dim=1)
     assert torch.equal(model.generate(idx, 30, temperature=0), expected)
@@ -234,7 +234,7 @@ def test_no_shape_changes_from_token_to_token(positions, monkeypatch):
 
     call(idx)
     assert shapes == {(5, 5, (*heads, 5, 5) if heads else None)}
-    for n, capacity in ((8, 13), (40, 45 if positions else 16)):    # the second goes beyond block_size
+    for n, capacity in ((8, 13), (40, 45 if positions == ALIBI else 16)):  # 40: beyond block_size
         shapes.clear()
         expected = model.generate(idx, n, temperature=0)
         assert torch.equal(model.generate(idx, n, temperature=0, decode=decode), expected)
