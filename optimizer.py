@@ -70,7 +70,7 @@ class Muon(torch.optim.Optimizer):
         R, C = update.size(1) // group['stacked'], update.size(2)
         orthogonal = orthogonalize(update.view(-1, R, C), group['ns_steps'])
         update = orthogonal.reshape(update.shape).to(update.dtype)
-        if group.get('beta2', 0) > 0:
+        if group['beta2'] > 0:
             means = self._states(params, 'row_mean_square', columns=1)  # (stacked * R, 1) each
             torch._foreach_lerp_(means, update.square().mean(2, keepdim=True).unbind(), 1 - group['beta2'])
             scaled = update / torch.stack(means).sqrt().clamp(min=1e-7)

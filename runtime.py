@@ -68,11 +68,11 @@ class Machine(NamedTuple):
     def is_master(self) -> bool:
         return self.rank == 0
 
-    def print(self, *text: object, **options) -> None:
+    def print(self, *text: object) -> None:
         """Print in one of the processes, until nobody reads it any more, as behind `| head`."""
         if self.is_master:
             try:
-                print(*text, flush=True, **options)
+                print(*text, flush=True)
             except OSError:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 

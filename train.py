@@ -134,7 +134,7 @@ def load_start(meta, machine):
         changed = [f"{name} {old!r} -> {globals()[name]!r}" for name, old in saved['config'].items()
                    if name in setting_names and old != globals()[name]
                    and name not in (*MODEL_SETTINGS, *LAUNCH_SETTINGS)]
-        machine.print(f"resuming from {path} at iteration {saved['iter_num']}", *changed, sep='\n    ')
+        machine.print('\n    '.join([f"resuming from {path} at iteration {saved['iter_num']}", *changed]))
         return model, saved
     machine.print(f"starting from {path}, its weights alone")
     if block_size < model.config.block_size or not model.config.has_wpe:

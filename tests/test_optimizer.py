@@ -198,7 +198,7 @@ def test_matrices_in_portions(monkeypatch):
         return original(G, steps)
 
     monkeypatch.setattr(module, 'orthogonalize', spy)
-    group = dict(lr=0.1, weight_decay=0.1, momentum=0.9, stacked=1)
+    group = dict(lr=0.1, weight_decay=0.1, momentum=0.9, stacked=1, beta2=0.0)
     Muon([dict(group, params=params)]).step()
     monkeypatch.setattr(module, 'PORTION', 128)
     Muon([dict(group, params=copies)]).step()
