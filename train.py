@@ -303,7 +303,7 @@ def check_run(machine, *values):
 
 
 def start_wandb(config, run_id):
-    """The module wandb, with a run that continues the one of this id."""
+    """Start a wandb run, or continue the one with this id. Returns the module."""
     import wandb
     wandb.init(project=wandb_project, name=wandb_run_name, config=config, id=run_id, resume='allow')
     wandb.define_metric('*', step_metric='iter')

@@ -1,8 +1,11 @@
-"""Draw the pictures of the documents anew, from the numbers beside them: python docs/pictures.py
+"""Redraw the documents' pictures from the JSON files beside them: python docs/pictures.py
 
-    first_screen.json          title, time and val loss, text of each pane
-    time_to_loss.json          benchmarks/bench_time_to_loss.py writes it
-    alibi_extrapolation.json   sample_alibi_extrapolation.py writes it
+    time_to_loss.json          from benchmarks/bench_time_to_loss.py
+    alibi_extrapolation.json   from sample_alibi_extrapolation.py
+    first_screen.json          by hand: the loss is eval.py's, the text that of sample.py RUN --seed=1
+                               --num_samples=1 --max_new_tokens=420, of an untrained model,
+                               config/train_shakespeare_char_fast.py and _muon_cpu.py with seed 41, and
+                               _muon.py with seed 1
 """
 import json
 import sys
@@ -13,7 +16,7 @@ from matplotlib.figure import Figure
 
 DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS.parent))
-ACCENT, GREY = 'tab:orange', '0.45'  # of ALiBi and Muon everywhere; of what they are compared with
+ACCENT, GREY = 'tab:orange', '0.45'  # Muon and ALiBi; baselines
 
 
 def first_screen(panes, path):
@@ -44,7 +47,7 @@ def time_to_loss(data, path):
             axes.plot(*zip(*run['curve']), label=label if i == 0 else None, **style)
     axes.axhline(data['loss'], color=GREY, lw=0.8, ls='--', label="nanoGPT's settings, final loss")
     axes.set(xlabel='training time on two CPU cores (s)', ylabel='val loss (nats per character)',
-             ylim=(1.55, 3.0), title='Time to a loss: tiny Shakespeare, 0.8M parameters, three seeds')
+             ylim=(1.55, 3.0), title=f'Time to a loss: tiny Shakespeare, 0.8M parameters, {len(runs)} seeds')
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
