@@ -13,10 +13,10 @@ def orthogonalize(G: torch.Tensor, steps: int = 5) -> torch.Tensor:
     The Newton-Schulz iteration of Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon):
     X <- (a + b A + c A^2) X with A = X X^T takes each singular value s to a s + b s^3 + c s^5. These
     coefficients are steep at 0 and do not converge: after 5 steps the singular values lie between about 0.7
-    and 1.2. Computes in and returns bfloat16 on CUDA, float32 elsewhere. Zeros stay zeros.
+    and 1.2. Computes in and returns bfloat16 where a GPU or CPU has it, else float32. Zeros stay zeros.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    X = G.bfloat16() if G.is_cuda else G.float()
+    X = G.bfloat16() if G.is_cuda or torch.cpu._is_avx512_bf16_supported() else G.float()
     is_tall = X.size(1) > X.size(2)
     X = X.mT if is_tall else X                                  # (n, r, c) with r <= c, for the smaller A
     X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)    # now no singular value exceeds 1
@@ -68,14 +68,14 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         update = torch.stack(torch._foreach_lerp(grads, buffers, momentum))  # Nesterov's; (n, stacked * R, C)
         R, C = update.size(1) // group['stacked'], update.size(2)
-        orthogonal = orthogonalize(update.view(-1, R, C), group['ns_steps'])
-        update = orthogonal.reshape(update.shape).to(update.dtype)
+        update = orthogonalize(update.view(-1, R, C), group['ns_steps']).float().reshape(update.shape)
         if group['beta2'] > 0:
             means = self._states(params, 'row_mean_square', columns=1)  # (stacked * R, 1) each
-            torch._foreach_lerp_(means, update.square().mean(2, keepdim=True).unbind(), 1 - group['beta2'])
-            scaled = update / torch.stack(means).sqrt().clamp(min=1e-7)
-            norm, scaled_norm = (x.norm(dim=(1, 2), keepdim=True) for x in (update, scaled))
-            update = scaled * (norm / scaled_norm.clamp(min=1e-7))  # only the proportions of the rows change
+            squares = update.square().mean(2, keepdim=True)         # (n, stacked * R, 1)
+            torch._foreach_lerp_(means, squares.unbind(), 1 - group['beta2'])
+            scales = 1 / torch.stack(means).clamp(min=1e-14)
+            ratio = squares.sum(1, keepdim=True) / (squares * scales).sum(1, keepdim=True).clamp(min=1e-14)
+            update = update * (ratio * scales).sqrt()               # of the same norm
         torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
         torch._foreach_add_(params, update.unbind(), alpha=-group['lr'] * math.sqrt(max(1, R / C)))
 
