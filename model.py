@@ -214,9 +214,9 @@ class HeadLoss(torch.autograd.Function):
 class GPT(nn.Module):
     """A GPT of the given GPTConfig. Without learned positions it runs on any length."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, init_std: float = 0.02):
         super().__init__()
-        self.config = config
+        self.config, self.init_std = config, init_std
         modules = {'wte': nn.Embedding(config.vocab_size, config.n_embd)}
         if config.use_alibi:
             self.register_buffer('slopes', alibi_slopes(config.n_head), persistent=False)  # (H,)
@@ -230,13 +230,13 @@ class GPT(nn.Module):
         self.apply(self._init_weights)
 
     def _init_weights(self, module):
-        """GPT-2's: normal(0, 0.02), zero biases, and smaller projections into the residual stream."""
+        """GPT-2's: normal(0, init_std), zero biases, and smaller projections into the residual stream."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
+            nn.init.normal_(module.weight, std=self.init_std)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
         if isinstance(module, (CausalSelfAttention, MLP)):  # visited after the Linear layers in them
-            nn.init.normal_(module.c_proj.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+            nn.init.normal_(module.c_proj.weight, std=self.init_std / math.sqrt(2 * self.config.n_layer))
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None,
                 return_logits: bool = True, checkpoint_activations: bool = False) -> tuple:

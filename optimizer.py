@@ -7,7 +7,7 @@ from torch.optim.adamw import adamw
 PORTION = 2**26  # numbers that are orthogonalized at once: all of GPT-2 XL's would take gigabytes
 
 
-def orthogonalize(G: torch.Tensor, steps: int = 5) -> torch.Tensor:
+def orthogonalize(G: torch.Tensor) -> torch.Tensor:
     """About the nearest semi-orthogonal matrix to each of G (n, R, C): U V^T, where G = U S V^T.
 
     The Newton-Schulz iteration of Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon):
@@ -20,7 +20,7 @@ def orthogonalize(G: torch.Tensor, steps: int = 5) -> torch.Tensor:
     is_tall = X.size(1) > X.size(2)
     X = X.mT if is_tall else X                                  # (n, r, c) with r <= c, for the smaller A
     X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)    # now no singular value exceeds 1
-    for _ in range(steps):
+    for _ in range(5):
         A = X @ X.mT                                            # (n, r, r)
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)
         X = torch.baddbmm(X, B, X, beta=a)
@@ -37,8 +37,8 @@ class Muon(torch.optim.Optimizer):
     AdamW's groups: dict(params, lr, weight_decay, betas). Both decay the weights by lr * weight_decay.
     """
 
-    def __init__(self, groups: list[dict], ns_steps: int = 5):
-        super().__init__(groups, dict(ns_steps=ns_steps, fused=True))  # fused: `step` is loaded as a tensor
+    def __init__(self, groups: list[dict]):
+        super().__init__(groups, dict(fused=True))                  # fused: `step` is loaded as a tensor
 
     @torch.no_grad()
     def step(self) -> None:
@@ -68,7 +68,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         update = torch.stack(torch._foreach_lerp(grads, buffers, momentum))  # Nesterov's; (n, stacked * R, C)
         R, C = update.size(1) // group['stacked'], update.size(2)
-        update = orthogonalize(update.view(-1, R, C), group['ns_steps']).float().reshape(update.shape)
+        update = orthogonalize(update.view(-1, R, C)).float().reshape(update.shape)
         if group['beta2'] > 0:
             means = self._states(params, 'row_mean_square', columns=1)  # (stacked * R, 1) each
             squares = update.square().mean(2, keepdim=True)         # (n, stacked * R, 1)
@@ -89,7 +89,7 @@ class Muon(torch.optim.Optimizer):
               weight_decay=group['weight_decay'])
 
 
-def configure_muon(model, weight_decay, learning_rate, betas, muon_learning_rate, momentum, beta2, ns_steps):
+def configure_muon(model, weight_decay, learning_rate, betas, muon_learning_rate, momentum, beta2):
     """Muon for a model.GPT. lr_ratio, a group's rate over learning_rate, lets one schedule serve all."""
     matrices = {name: p for name, p in model.transformer.h.named_parameters() if p.dim() == 2}
     rest = [p for p in model.parameters() if all(p is not matrix for matrix in matrices.values())]
@@ -99,4 +99,4 @@ def configure_muon(model, weight_decay, learning_rate, betas, muon_learning_rate
     return Muon([dict(muon, params=[p for name, p in matrices.items() if 'c_attn' in name], stacked=3),
                  dict(muon, params=[p for name, p in matrices.items() if 'c_attn' not in name], stacked=1),
                  dict(adamw, params=[p for p in rest if p.dim() >= 2], weight_decay=weight_decay),
-                 dict(adamw, params=[p for p in rest if p.dim() < 2], weight_decay=0.0)], ns_steps)
+                 dict(adamw, params=[p for p in rest if p.dim() < 2], weight_decay=0.0)])

@@ -48,12 +48,12 @@ dropout = 0.0                  # 0 for pretraining, 0.1 and more for finetuning 
 bias = False                   # in LayerNorm and Linear layers
 use_alibi = False              # linear attention biases in place of position embeddings
 use_rope = False               # rotary position embeddings (Su et al. 2021) in place of learned ones
+init_std = 0.02                # of the weights at the start, as GPT-2; larger is better for few channels
 # optimizer
 optimizer = 'adamw'            # or 'muon': Muon for the matrices of the blocks, AdamW for the rest
 muon_learning_rate = 0.02      # Muon's peak; follows the schedule of learning_rate
 muon_momentum = 0.95           # decay of Muon's running mean of the gradient
 muon_beta2 = 0.95              # of the mean squares that divide its update's rows (NorMuon); 0: plain Muon
-muon_steps = 5                 # of Newton-Schulz; fewer are faster and orthogonalize less
 learning_rate = 6e-4           # the peak
 max_iters = 600000             # updates in all
 weight_decay = 1e-1            # of matrices and embeddings
@@ -121,7 +121,7 @@ def load_start(meta, machine):
             config = GPTConfig(vocab_size=vocab_size, dropout=dropout, **sizes)
         except ValueError as error:                                 # sizes that do not fit together
             raise UserError(error) from None
-        return GPT(config), {}
+        return GPT(config, init_std), {}
     source = checkpoint.find(out_dir, names) if goes_on else init_from
     resumes = goes_on or init_from.endswith('.pt')
     model, saved = checkpoint.load_model(source, meta, dropout=dropout)
@@ -157,7 +157,7 @@ def make_optimizer(model, saved, machine):
     """The optimizer and float16's gradient scaler. A saved state gives the moments, the settings the rest."""
     common = (weight_decay, learning_rate, (beta1, beta2))
     if optimizer == 'muon':
-        opt = configure_muon(model, *common, muon_learning_rate, muon_momentum, muon_beta2, muon_steps)
+        opt = configure_muon(model, *common, muon_learning_rate, muon_momentum, muon_beta2)
     else:
         opt = model.configure_optimizers(*common, machine.device.type)
     if shard_optimizer and machine.world_size > 1:                  # ZeRO, stage 1 (Rajbhandari et al. 2020)

@@ -92,15 +92,16 @@ def test_the_future_does_not_matter(positions):
 
 # initialization and training
 
-def test_initialization_is_gpt2s():
+@pytest.mark.parametrize('std, args', [(0.02, ()), (0.05, (0.05,))])
+def test_initialization_is_gpt2s(std, args):
     """A standard deviation of 0.02, less where a block writes; biases are 0, and LayerNorm's weights 1."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=64, vocab_size=500, n_layer=8, n_head=4, n_embd=128))
+    model = GPT(GPTConfig(block_size=64, vocab_size=500, n_layer=8, n_head=4, n_embd=128), *args)
     for name, p in model.named_parameters():
         if name.endswith('c_proj.weight'):
-            assert p.std().item() == pytest.approx(0.02 / 4, rel=0.05), name  # 1 / sqrt(2 * 8) = 1 / 4
+            assert p.std().item() == pytest.approx(std / 4, rel=0.05), name  # 1 / sqrt(2 * 8) = 1 / 4
         elif p.dim() == 2:
-            assert p.std().item() == pytest.approx(0.02, rel=0.05), name
+            assert p.std().item() == pytest.approx(std, rel=0.05), name
         else:
             is_norm_weight = 'ln' in name and name.endswith('weight')
             assert (p == (1.0 if is_norm_weight else 0.0)).all(), name
@@ -113,7 +114,7 @@ def test_a_batch_overfits(positions, muon):
     model = GPT(GPTConfig(**SMALL, **positions))
     optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu')
     if muon:
-        optimizer = configure_muon(model, 0.1, 1e-2, (0.9, 0.95), 0.02, 0.95, 0.95, 5)
+        optimizer = configure_muon(model, 0.1, 1e-2, (0.9, 0.95), 0.02, 0.95, 0.95)
     idx = random_ids(4, 17)
     for _ in range(150):
         _, loss = model(idx[:, :-1], idx[:, 1:])

@@ -255,7 +255,7 @@ def test_the_settings_are_nanogpts():
         decay_lr=True, warmup_iters=2000, lr_decay_iters=600000, min_lr=6e-5,
         seed=1337, backend='auto', device='auto', dtype='auto', compile='auto')
     ours = dict(
-        optimizer='adamw', muon_learning_rate=0.02, muon_momentum=0.95, muon_beta2=0.95, muon_steps=5,
+        init_std=0.02, optimizer='adamw', muon_learning_rate=0.02, muon_momentum=0.95, muon_beta2=0.95,
         save_interval=0, keep_checkpoints=0, timeout=1800, checkpoint_activations=False, use_rope=False,
         shard_optimizer=False, sampling='random')
     assert DEFAULTS == expected | ours, \
@@ -297,8 +297,8 @@ def test_wandb(run_train, monkeypatch):
 # a config that prints the hash of the weights that the process ends with
 PRINT_HASH = """
 import atexit, hashlib, model
-def init(self, config, original=model.GPT.__init__):
-    original(self, config)
+def init(self, *args, original=model.GPT.__init__):
+    original(self, *args)
     atexit.register(print_hash, self)
 def print_hash(model):
     data = b''.join(p.detach().numpy().tobytes() for p in model.parameters())
