@@ -88,7 +88,7 @@ def make_step(job, muon=False, checkpoint_activations=False, **switches):
     raw_model = GPT(c).to(machine.device)
     model = torch.compile(raw_model) if machine.compile else raw_model
     if muon:
-        opt = configure_muon(raw_model, 0.1, 1e-3, (0.9, 0.99), 0.02, 0.95, 0.95)
+        opt = configure_muon(raw_model, 0.1, 1e-3, (0.9, 0.99), 0.02, 0.95, 0.95, 5)
     else:
         opt = raw_model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), machine.device.type)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == 'float16')

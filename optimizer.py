@@ -5,22 +5,23 @@ import torch
 from torch.optim.adamw import adamw
 
 PORTION = 2**26  # numbers that are orthogonalized at once: all of GPT-2 XL's would take gigabytes
+POLAR_EXPRESS = ((8.2051, -22.9019, 16.4607), (4.0664, -2.8612, 0.5184), (3.9096, -2.8234, 0.5250),
+                 (3.2856, -2.4153, 0.4853), (2.2779, -1.6198, 0.3985))  # (a, b, c) of each step
 
 
-def orthogonalize(G: torch.Tensor) -> torch.Tensor:
+def orthogonalize(G: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """About the nearest semi-orthogonal matrix to each of G (n, R, C): U V^T, where G = U S V^T.
 
     The Newton-Schulz iteration of Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon):
-    X <- (a + b A + c A^2) X with A = X X^T takes each singular value s to a s + b s^3 + c s^5. These
-    coefficients are steep at 0 and do not converge: after 5 steps the singular values lie between about 0.7
-    and 1.2. Computes in and returns bfloat16 where a GPU or CPU has it, else float32. Zeros stay zeros.
+    X <- (a + b A + c A^2) X with A = X X^T takes each singular value s to a s + b s^3 + c s^5. The coefficients
+    are the best for s from 0.001 to 1 (Amsel et al. 2025, arXiv 2505.16932, theirs for a safety of 1.01).
+    Computes in and returns bfloat16 where a GPU or CPU has it, else float32. Zeros stay zeros.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
     X = G.bfloat16() if G.is_cuda or torch.cpu._is_avx512_bf16_supported() else G.float()
     is_tall = X.size(1) > X.size(2)
     X = X.mT if is_tall else X                                  # (n, r, c) with r <= c, for the smaller A
     X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)    # now no singular value exceeds 1
-    for _ in range(5):
+    for a, b, c in POLAR_EXPRESS[:steps]:
         A = X @ X.mT                                            # (n, r, r)
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)
         X = torch.baddbmm(X, B, X, beta=a)
@@ -37,8 +38,8 @@ class Muon(torch.optim.Optimizer):
     AdamW's groups: dict(params, lr, weight_decay, betas). Both decay the weights by lr * weight_decay.
     """
 
-    def __init__(self, groups: list[dict]):
-        super().__init__(groups, dict(fused=True))                  # fused: `step` is loaded as a tensor
+    def __init__(self, groups: list[dict], steps: int = 5):
+        super().__init__(groups, dict(steps=steps, fused=True))     # fused: `step` is loaded as a tensor
 
     @torch.no_grad()
     def step(self) -> None:
@@ -68,10 +69,10 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         update = torch.stack(torch._foreach_lerp(grads, buffers, momentum))  # Nesterov's; (n, stacked * R, C)
         R, C = update.size(1) // group['stacked'], update.size(2)
-        update = orthogonalize(update.view(-1, R, C)).float().reshape(update.shape)
+        update = orthogonalize(update.view(-1, R, C), group['steps']).float().reshape(update.shape)
         if group['beta2'] > 0:
             means = self._states(params, 'row_mean_square', columns=1)  # (stacked * R, 1) each
-            squares = update.square().mean(2, keepdim=True)         # (n, stacked * R, 1)
+            squares = update.norm(dim=2, keepdim=True).square() / C  # (n, stacked * R, 1)
             torch._foreach_lerp_(means, squares.unbind(), 1 - group['beta2'])
             scales = 1 / torch.stack(means).clamp(min=1e-14)
             ratio = squares.sum(1, keepdim=True) / (squares * scales).sum(1, keepdim=True).clamp(min=1e-14)
@@ -89,7 +90,7 @@ class Muon(torch.optim.Optimizer):
               weight_decay=group['weight_decay'])
 
 
-def configure_muon(model, weight_decay, learning_rate, betas, muon_learning_rate, momentum, beta2):
+def configure_muon(model, weight_decay, learning_rate, betas, muon_learning_rate, momentum, beta2, steps):
     """Muon for a model.GPT. lr_ratio, a group's rate over learning_rate, lets one schedule serve all."""
     matrices = {name: p for name, p in model.transformer.h.named_parameters() if p.dim() == 2}
     rest = [p for p in model.parameters() if all(p is not matrix for matrix in matrices.values())]
@@ -99,4 +100,4 @@ def configure_muon(model, weight_decay, learning_rate, betas, muon_learning_rate
     return Muon([dict(muon, params=[p for name, p in matrices.items() if 'c_attn' in name], stacked=3),
                  dict(muon, params=[p for name, p in matrices.items() if 'c_attn' not in name], stacked=1),
                  dict(adamw, params=[p for p in rest if p.dim() >= 2], weight_decay=weight_decay),
-                 dict(adamw, params=[p for p in rest if p.dim() < 2], weight_decay=0.0)])
+                 dict(adamw, params=[p for p in rest if p.dim() < 2], weight_decay=0.0)], steps)

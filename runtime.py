@@ -1,8 +1,10 @@
 """Where a script runs: device, precision, seeds, the processes of a torchrun, and signals to stop."""
+import ctypes
 import importlib.util
 import os
 import re
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -173,6 +175,10 @@ def set_up(device: str = 'auto', dtype: str = 'auto', compile: bool | str = 'aut
     torch.set_float32_matmul_precision('high')
     if device.type == 'cpu':
         torch.set_flush_denormal(True)  # ALiBi's far keys get probabilities like e^-90, slow on a CPU
+        libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
+        if hasattr(libc, 'mallopt'):    # glibc: keep freed memory for the next step, since new pages are slow
+            libc.mallopt(-4, 0)         # M_MMAP_MAX
+            libc.mallopt(-1, -1)        # M_TRIM_THRESHOLD
         # inductor would add up the embedding's gradient in whatever order the threads come
         torch.use_deterministic_algorithms(compile)
         torch.utils.deterministic.fill_uninitialized_memory = False

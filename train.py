@@ -54,6 +54,7 @@ optimizer = 'adamw'            # or 'muon': Muon for the matrices of the blocks,
 muon_learning_rate = 0.02      # Muon's peak; follows the schedule of learning_rate
 muon_momentum = 0.95           # decay of Muon's running mean of the gradient
 muon_beta2 = 0.95              # of the mean squares that divide its update's rows (NorMuon); 0: plain Muon
+muon_steps = 5                 # of Newton-Schulz, up to 5; fewer are faster and orthogonalize less
 learning_rate = 6e-4           # the peak
 max_iters = 600000             # updates in all
 weight_decay = 1e-1            # of matrices and embeddings
@@ -115,10 +116,10 @@ def load_start(meta, machine):
     goes_on = init_from == 'resume' or found and (init_from == 'auto' or IS_RESTART)
     if init_from in ('scratch', 'auto') and not goes_on:
         torch.manual_seed(derive_seed(seed, runtime.INIT))
-        sizes = {name: globals()[name] for name in MODEL_SETTINGS}
         vocab_size = meta['vocab_size'] if meta else 50304          # GPT-2's 50257, padded for speed
         try:
-            config = GPTConfig(vocab_size=vocab_size, dropout=dropout, **sizes)
+            config = GPTConfig(vocab_size=vocab_size, dropout=dropout,
+                               **{name: globals()[name] for name in MODEL_SETTINGS})
         except ValueError as error:                                 # sizes that do not fit together
             raise UserError(error) from None
         return GPT(config, init_std), {}
@@ -157,7 +158,7 @@ def make_optimizer(model, saved, machine):
     """The optimizer and float16's gradient scaler. A saved state gives the moments, the settings the rest."""
     common = (weight_decay, learning_rate, (beta1, beta2))
     if optimizer == 'muon':
-        opt = configure_muon(model, *common, muon_learning_rate, muon_momentum, muon_beta2)
+        opt = configure_muon(model, *common, muon_learning_rate, muon_momentum, muon_beta2, muon_steps)
     else:
         opt = model.configure_optimizers(*common, machine.device.type)
     if shard_optimizer and machine.world_size > 1:                  # ZeRO, stage 1 (Rajbhandari et al. 2020)

@@ -97,7 +97,7 @@ def check_updates(name, dtype):
     changes = []
     for device, kind in (('cpu', 'float32'), (DEVICE, dtype)):
         machine, model = set_up(device, kind), make('ALiBi', 64, device)
-        opt = configure_muon(model, 0.1, 1e-3, (0.9, 0.95), 0.02, 0.95, 0.95) if name == 'muon' else \
+        opt = configure_muon(model, 0.1, 1e-3, (0.9, 0.95), 0.02, 0.95, 0.95, 5) if name == 'muon' else \
             model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), machine.device.type)
         scaler = torch.amp.GradScaler(machine.device.type, enabled=kind == 'float16')
         params = list(model.parameters())

@@ -114,7 +114,7 @@ def test_a_batch_overfits(positions, muon):
     model = GPT(GPTConfig(**SMALL, **positions))
     optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu')
     if muon:
-        optimizer = configure_muon(model, 0.1, 1e-2, (0.9, 0.95), 0.02, 0.95, 0.95)
+        optimizer = configure_muon(model, 0.1, 1e-2, (0.9, 0.95), 0.02, 0.95, 0.95, 5)
     idx = random_ids(4, 17)
     for _ in range(150):
         _, loss = model(idx[:, :-1], idx[:, 1:])

@@ -255,7 +255,7 @@ def test_the_settings_are_nanogpts():
         decay_lr=True, warmup_iters=2000, lr_decay_iters=600000, min_lr=6e-5,
         seed=1337, backend='auto', device='auto', dtype='auto', compile='auto')
     ours = dict(
-        init_std=0.02, optimizer='adamw', muon_learning_rate=0.02, muon_momentum=0.95, muon_beta2=0.95,
+        init_std=0.02, optimizer='adamw', muon_learning_rate=0.02, muon_momentum=0.95, muon_beta2=0.95, muon_steps=5,
         save_interval=0, keep_checkpoints=0, timeout=1800, checkpoint_activations=False, use_rope=False,
         shard_optimizer=False, sampling='random')
     assert DEFAULTS == expected | ours, \
