@@ -68,17 +68,14 @@ class RunFolder(AbstractContextManager):
     """A run's out_dir, which is locked while the context lasts."""
 
     def __init__(self, out_dir: str | Path, is_new: bool):
-        self.path = Path(out_dir)
-        self.claim(is_new)
+        self.path, self.is_new = Path(out_dir), is_new
+        self.claim()
 
     def __exit__(self, *error) -> None:
         self.lock.release()
 
-    def claim(self, is_new: bool) -> None:
-        """Make and lock the folder; a new run moves what an earlier one left to previous/, previous-2/, ...
-
-        Raises UserError if another run has it.
-        """
+    def claim(self) -> None:
+        """Make and lock the folder. Raises UserError if another run has it."""
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.path / '.lock')
         try:
@@ -86,9 +83,12 @@ class RunFolder(AbstractContextManager):
         except Timeout as error:
             raise UserError(f"another run writes to {self.path}: choose another --out_dir") from error
         self.identity = os.stat(self.path / '.lock')
+
+    def clear(self) -> None:
+        """Move what an earlier run left to previous/, previous-2/, ..."""
         names = ('*.pt', 'config.py', 'metrics.jsonl', 'loss.png')
         files = [file for name in names for file in self.path.glob(name)]
-        if is_new and files:
+        if files:
             previous = self.unused('previous')
             previous.mkdir()
             for file in files:
@@ -101,10 +101,11 @@ class RunFolder(AbstractContextManager):
         return next(path for end in endings if not os.path.lexists(path := self.path / (name + end)))
 
     def check(self) -> None:
-        """Claim the folder again, as a new run does, if it was moved, deleted or replaced meanwhile."""
+        """Claim and clear the folder again if it was moved, deleted or replaced meanwhile."""
         lock = self.path / '.lock'
         if not lock.exists() or not os.path.samestat(lock.stat(), self.identity):
-            self.claim(is_new=True)
+            self.claim()
+            self.clear()
 
     def save(self, state: dict, is_best: bool, keep: int = 0) -> None:
         """Write last.pt; link it to ckpt.pt if it is the best, and keep the newest `keep` as iter-N.pt."""
@@ -126,11 +127,14 @@ class RunFolder(AbstractContextManager):
             file.write(json.dumps(record) + '\n')
 
     def start(self, config: dict, iter_num: int, evaluates: bool, path: Path | None) -> None:
-        """Write config.py. Drop the records that a resumed run logs again; evaluates: its evaluation, too.
+        """Clear it for a new run; write config.py. Drop the records that a resumed run logs again; evaluates:
+        its evaluation, too.
 
         Where it resumes from a path other than last.pt (nanoGPT's, or an older state), that becomes last.pt;
         the earlier last.pt and ckpt.pt are kept as last-before.pt and ckpt-before.pt (or -before-2.pt, ...).
         """
+        if self.is_new:
+            self.clear()
         if path and path.name != 'last.pt':
             for name in ('last', 'ckpt'):
                 if (self.path / f'{name}.pt').exists():
@@ -167,7 +171,7 @@ def find(out_dir: str | Path, names: tuple = ('ckpt.pt', 'last.pt')) -> Path:
 def load(path: str | Path, meta: dict | None = None) -> dict:
     """Read a checkpoint, ours or nanoGPT's, to the CPU, running no code in it.
 
-    Adds path, hash and, as nanoGPT's files have none, the meta that is given, else that of its data set.
+    Adds path, hash and, as nanoGPT's files have none, the meta of its data set, or if that is gone, meta.
     Raises UserError for a file that cannot be used.
     """
     try:
@@ -185,7 +189,7 @@ def load(path: str | Path, meta: dict | None = None) -> dict:
     if broken:
         raise UserError(f"{path}: {broken[0]} is not finite. Use an earlier checkpoint")
     if 'meta' not in state:
-        state['meta'] = meta or load_meta(dataset)
+        state['meta'] = load_meta(dataset) if dataset and Path('data', dataset).is_dir() else meta
     if state['meta'] is None and vocab_size < 50257:
         raise UserError(f"{path}: its token ids are not GPT-2's, and there is no data/{dataset}/meta.pkl")
     return state

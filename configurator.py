@@ -50,6 +50,9 @@ def convert(key: str, value: object, default: object) -> object:
 
 def run_file(path: str, settings: dict) -> dict:
     """What a config file assigns, by name. It runs on a copy of the settings; its own errors pass through."""
+    if not Path(path).exists():
+        near = difflib.get_close_matches(path, map(str, Path(path).parent.glob('*.py')), n=1)
+        raise UserError(f"no file {path}" + (f": did you mean {near[0]}?" if near else ''))
     text = Path(path).read_text(encoding='utf-8-sig')
     libraries = {alias: import_module(name) for alias, name in LIBRARIES.items() if f'{alias}.' in text}
     names = {**libraries, **settings, '__file__': path}
@@ -82,7 +85,7 @@ def configure(script: dict, arguments: list[str] | None = None, skip_unknown: bo
     for argument in arguments:
         key, equals, text = argument.removeprefix('--').partition('=')
         is_file = argument.endswith('.py') and not argument.startswith('-')
-        if argument in ('--help', '-h', skip_option):
+        if argument in ('--help', '-h', '--skip_unknown', skip_option):
             continue
         if plain and not is_file and not argument.startswith('-'):
             script[plain].append(argument)
@@ -91,11 +94,11 @@ def configure(script: dict, arguments: list[str] | None = None, skip_unknown: bo
             raise UserError(f"unexpected {argument!r}: settings are --key=value, config files end in .py")
         changes = run_file(argument, settings) if is_file else {key: text}
         unknown = [describe(name, defaults) for name in changes if name not in defaults]
-        if unknown and is_file and (skip_unknown or skip_option in arguments):
+        if unknown and is_file and (skip_unknown or {'--skip_unknown', skip_option} & {*arguments}):
             print(f"{argument}: skipping {', '.join(unknown)}", file=sys.stderr)
         elif unknown:
-            raise UserError(f"{argument}: unknown setting {', '.join(unknown)}: see --help; {skip_option} "
-                            "skips them in a file, where names starting with _ are free")
+            hint = f"; {skip_option} skips them, and names starting with _ are free" if is_file else ''
+            raise UserError(f"{argument}: unknown setting {', '.join(unknown)}: see --help{hint}")
         settings |= {name: convert(name, changes[name], defaults[name]) for name in changes.keys() & defaults}
     if '--help' in arguments or '-h' in arguments:
         source = Path(script['__file__']).read_text(encoding='utf-8')

@@ -29,7 +29,9 @@ def load_split(dataset: str, split: str, block_size: int, meta: dict | None) -> 
     """The token ids of a split, (N,), mapped from its file. Raises UserError for an unusable one."""
     path, dtype = Path('data') / dataset / f'{split}.bin', token_type(meta)
     if not path.exists():
-        raise UserError(f"no {path}: run python data/{dataset}/prepare.py in the repository's root first")
+        script = path.with_name('prepare.py')
+        how = script if script.exists() else f"data/prepare_text.py FILE --dataset={dataset}"
+        raise UserError(f"no {path}: run python {how} in the repository's root first")
     n_ids = path.stat().st_size / dtype.itemsize
     if n_ids % 1 or n_ids < block_size + 1:
         raise UserError(f"{path} has {n_ids:g} ids of {8 * dtype.itemsize} bits, but block_size={block_size} "

@@ -38,7 +38,7 @@ class GPTConfig:
             raise ValueError(f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}, with "
                              "an even result for use_rope")
         if self.use_alibi and self.use_rope:
-            raise ValueError("use_alibi and use_rope are mutually exclusive")
+            raise ValueError("use_alibi and use_rope are mutually exclusive: set one to False")
 
     @property
     def has_wpe(self) -> bool:
@@ -274,7 +274,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(x[:, -1:]), None                    # (B, 1, V)
         if not return_logits:
-            return None, self.head_loss(x.flatten(0, 1), targets.flatten())
+            return None, self.head_loss(x.flatten(0, 1), targets.flatten())  # as in training
         logits = self.lm_head(x)                                    # (B, T, V)
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 

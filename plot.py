@@ -26,7 +26,8 @@ def plot_losses(folders, path):
     styles = {'loss': dict(lw=0.8, alpha=0.3), 'train_loss': dict(ls='--'), 'val_loss': dict(marker='.')}
     titles, late = [], []
     for i, folder in enumerate(folders):
-        records = read_metrics(folder)
+        if not (records := read_metrics(folder)):
+            raise UserError(f"no metrics.jsonl in {folder}")
         best = min((record['val_loss'] for record in records if 'val_loss' in record), default=math.nan)
         titles.append(f'{folder}: best val loss {best:.4f}')
         for key, style in styles.items():

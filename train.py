@@ -127,15 +127,17 @@ def load_start(meta, machine):
     resumes = goes_on or init_from.endswith('.pt')
     model, saved = checkpoint.load_model(source, meta, dropout=dropout)
     path, before = saved['path'], saved['config'].get('optimizer', 'adamw')
-    if saved['meta'] != meta:
+    if saved['meta'] != meta or meta and meta['vocab_size'] > model.config.vocab_size:
         raise UserError(f"data/{dataset} has a different vocabulary from the training data of {path}")
     if resumes and before != optimizer:
-        raise UserError(f"{path} was trained with optimizer={before}: resume with that, not {optimizer}")
+        raise UserError(f"{path} was trained with optimizer={before}: resume with that, not {optimizer}, or "
+                        f"start a new run from its weights (--init_from={out_dir}, another --out_dir)")
     if resumes:
         changed = [f"{name} {old!r} -> {globals()[name]!r}" for name, old in saved['config'].items()
                    if name in setting_names and old != globals()[name]
                    and name not in (*MODEL_SETTINGS, *LAUNCH_SETTINGS)]
-        machine.print('\n    '.join([f"resuming from {path} at iteration {saved['iter_num']}", *changed]))
+        machine.print('\n    '.join([f"resuming from {path} at iteration {saved['iter_num']} of {max_iters}",
+                                     *changed]))
         return model, saved
     machine.print(f"starting from {path}, its weights alone")
     if block_size < model.config.block_size or not model.config.has_wpe:
@@ -260,7 +262,7 @@ data:      data/{dataset}, {n:,} train tokens, {len(splits['val']):,} val tokens
 model:     {n_params / 1e6:.2f}M parameters, {positions} positions, vocab_size {config.vocab_size}
 iteration: {tokens:,} tokens = {gradient_accumulation_steps} x {batch_size} x {config.block_size}
 run:       {max_iters:,} iterations = {max_iters * tokens / n:.2f} epochs, {muon}adamw at {learning_rate}
-first:     {2 * eval_iters} batches are evaluated{compiling}""")
+first:     the loss of 2 x {eval_iters} batches{compiling}""")
     if gradient_accumulation_steps % machine.world_size:
         machine.print(f"gradient_accumulation_steps={gradient_accumulation_steps} is not a multiple of the "
                       f"{machine.world_size} processes: some will sit idle")
@@ -338,8 +340,9 @@ def train():
         iter_num = first_iter = saved.get('iter_num', 0)
         last_saved = iter_num if saved else None
         best_val_loss = float(saved.get('best_val_loss', math.inf))
-        if data != saved.get('data', data):
-            machine.print(f"data/{dataset} has changed since the checkpoint: the best val loss is reset")
+        if saved and data != saved.get('data'):
+            machine.print(f"data/{dataset} has changed since the checkpoint, or that is nanoGPT's: the best val "
+                          "loss is reset")
             best_val_loss = math.inf
         config = {name: getattr(raw_model.config, name, globals()[name]) for name in setting_names}
         config['init_from'] = saved['config'].get('init_from', 'scratch') if saved else init_from

@@ -72,6 +72,8 @@ def test_nanogpts_own_checkpoint_opens(tmp_path, checkout, monkeypatch):
     with pytest.raises(UserError, match="not GPT-2's.* data/nowhere/meta.pkl"):
         load(tmp_path / 'ckpt.pt')
     assert load(tmp_path / 'ckpt.pt', {'vocab_size': 23})['meta'] == {'vocab_size': 23}
+    torch.save(state, tmp_path / 'ckpt.pt')
+    assert load(tmp_path / 'ckpt.pt', {'vocab_size': 23})['meta'] == loaded['meta']
 
 
 def test_a_hostile_checkpoint_is_refused_and_runs_nothing(tmp_path, monkeypatch):
@@ -165,8 +167,10 @@ def test_a_new_run_moves_an_earlier_one(tmp_path):
     (tmp_path / 'previous-3').symlink_to(tmp_path / 'nowhere')
     with RunFolder(tmp_path, is_new=False):
         assert read_files(tmp_path) == run | {'notes.txt': 'mine'}
-    with RunFolder(tmp_path, is_new=True):
-        assert read_files(tmp_path) == {'notes.txt': 'mine'}
+    with RunFolder(tmp_path, is_new=True) as folder:
+        assert read_files(tmp_path) == run | {'notes.txt': 'mine'}  # nothing moves before the run starts
+        folder.start({}, 0, evaluates=True, path=None)
+        assert read_files(tmp_path) == {'notes.txt': 'mine', 'config.py': '', 'metrics.jsonl': ''}
     assert read_files(tmp_path / 'previous-4') == run and read_files(tmp_path / 'previous') == {}
 
 

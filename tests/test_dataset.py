@@ -74,7 +74,7 @@ def test_an_epoch_reads_each_window_once(n_tokens):
 
 
 @pytest.mark.parametrize('content, words', [
-    (None, ['prepare.py']), (b'', ['0 ids']), (b'abc', ['1.5 ids of 16 bits', 'truncated']),
+    (None, ['prepare_text.py FILE']), (b'', ['0 ids']), (b'abc', ['1.5 ids of 16 bits', 'truncated']),
     (b'ab' * 8, ['8 ids', 'block_size=8', '9'])])
 def test_bad_token_files_are_named(folder, content, words):
     if content is not None:

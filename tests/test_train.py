@@ -1,5 +1,6 @@
 """train.py: the numbers of a run, its files, how it resumes, and the mistakes it refuses."""
 import math
+import pathlib
 import re
 import subprocess
 import sys
@@ -171,9 +172,15 @@ def test_resume_keeps_the_evaluation_that_it_does_not_repeat(run_train, capsys):
 def test_another_vocabulary_is_refused(run_train, checkout):
     run_train(max_iters=10)
     write_splits(checkout / 'data/other_char', 'abcdefg ' * 200, char_meta('abcdefg '))
-    for settings in (dict(init_from='resume'), dict(name='new', init_from=str(train.out_dir))):
-        with pytest.raises(UserError, match='data/other_char has a different vocabulary .*t.pt'):
-            run_train(**settings, dataset='other_char')
+    out_dir = pathlib.Path(train.out_dir)
+    for is_nanogpts in (False, True):
+        if is_nanogpts:                                             # whose file has no vocabulary
+            state = load_state(out_dir)
+            del state['meta']
+            torch.save(state, out_dir / 'last.pt')
+        for settings in (dict(init_from='resume'), dict(name='new', init_from=str(out_dir / 'last.pt'))):
+            with pytest.raises(UserError, match='data/other_char has a different vocabulary .*t.pt'):
+                run_train(**settings, dataset='other_char')
 
 
 def test_nanogpts_own_checkpoint_resumes(run_train):
@@ -225,7 +232,7 @@ def test_eval_only_evaluates_once_and_leaves_everything(run_train, capsys):
 # mistakes
 
 @pytest.mark.parametrize('settings, words', [
-    (dict(dataset='nowhere'), 'no data/nowhere/train.bin: run python data/nowhere/prepare.py'),
+    (dict(dataset='nowhere'), 'no data/nowhere/train.bin: run python data/prepare_text.py FILE --dataset=nowhere'),
     (dict(init_from='config'), 'no ckpt.pt or last.pt in config'),
     (dict(init_from='resume'), 'no last.pt or ckpt.pt in .*/out'),
     (dict(block_size=1_000_000), 'block_size=1000000 needs 1000001'),
@@ -375,10 +382,13 @@ def test_compiled_in_two_processes_with_several_buckets(checkout, tmp_path, conf
         assert a.norm() > 1e-3 and (a - b).norm() < 1e-5 * a.norm()
 
 
-def test_a_misspelt_choice_moves_no_run(run_train):
+@pytest.mark.parametrize('settings, words', [
+    (dict(optimizer='mun'), "optimizer must be adamw or muon, got 'mun'"), (dict(dataset='nowhere'), 'no data'),
+    (dict(use_alibi=True, use_rope=True), 'mutually exclusive: set one to False')])
+def test_a_refused_run_moves_no_other(run_train, settings, words):
     out_dir = run_train(max_iters=2)
-    with pytest.raises(UserError, match="optimizer must be adamw or muon, got 'mun'"):
-        run_train(optimizer='mun')
+    with pytest.raises(UserError, match=words):
+        run_train(**settings)
     assert (out_dir / 'last.pt').exists() and not (out_dir / 'previous').exists()
 
 
@@ -387,7 +397,7 @@ def test_a_resume_says_which_settings_have_changed(run_train, capsys):
     capsys.readouterr()
     run_train(init_from='resume', learning_rate=5e-3, log_interval=5)
     output = capsys.readouterr().out
-    assert ' at iteration 10\n    learning_rate 0.01 -> 0.005\n    max_iters 10 -> 20\n' in output
+    assert ' at iteration 10 of 20\n    learning_rate 0.01 -> 0.005\n    max_iters 10 -> 20\n' in output
 
 
 def test_make_knows_its_targets():
