@@ -3,7 +3,7 @@ import pytest
 from conftest import REPO
 
 CEILINGS = {
-    'model.py': 406, 'optimizer.py': 103, 'train.py': 442, 'configurator.py': 115, 'checkpoint.py': 230,
+    'model.py': 406, 'optimizer.py': 103, 'train.py': 443, 'configurator.py': 115, 'checkpoint.py': 230,
     'dataset.py': 164, 'runtime.py': 211, 'sample.py': 91, 'eval.py': 87,
     'sample_alibi_extrapolation.py': 270, 'bench.py': 175, 'export_hf.py': 141, 'plot.py': 56,
 }
