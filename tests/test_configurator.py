@@ -70,6 +70,7 @@ def test_good_config_files(config, text, expected):
     ('--bias=true', ['bias', 'true', 'bool']),
     ('--bias', ['--bias', '--key=value']),
     ('train_shakespeare', ['train_shakespeare', '.py']),
+    ('config/train_gpt.py', ['no file', 'config/train_gpt2.py']),
     ('max_iters = "seven"', ["'seven'", 'int']),
     ('out_dir = 5', ['out_dir', '5', 'str']),
     ('tokens = 5', ['c.py', "'tokens'", 'starting with _']),
@@ -89,7 +90,7 @@ def test_all_unknown_names_are_listed_with_hints_at_misspellings(config):
 
 def test_unknown_names_of_a_file_can_be_skipped(config, capsys):
     path, option = config('max_iters = 7\nn_layer = 3\nn_embd = 5'), '--skip_unknown=True'
-    for arguments in ([path, option], [option, path]):
+    for arguments in ([path, option], [option, path], [path, '--skip_unknown']):
         assert changed(*arguments) == {'max_iters': 7}
         assert "skipping 'n_layer', 'n_embd'" in capsys.readouterr().err
         with pytest.raises(UserError, match='n_layers'):
