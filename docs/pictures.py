@@ -5,7 +5,7 @@
     first_screen.json          by hand: the loss is eval.py's, the text that of sample.py RUN --seed=1
                                --num_samples=1 --max_new_tokens=420, of an untrained model,
                                config/train_shakespeare_char_fast.py and _muon_cpu.py with seed 41, and
-                               _muon.py with seed 1
+                               _muon.py with seed 2
 """
 import json
 import sys
