@@ -81,11 +81,11 @@ def configure(script: dict, arguments: list[str] | None = None, skip_unknown: bo
         signal.signal(signal.SIGINT, signal.SIG_DFL)                # Ctrl-C ends the script at once
     defaults = {key: value for key, value in script.items()
                 if not key.startswith('_') and type(value) in (bool, int, float, str)}
-    settings, skip_option = dict(defaults), '--skip_unknown=True'
+    settings, skips = dict(defaults), {'--skip_unknown', '--skip_unknown=True'}
     for argument in arguments:
         key, equals, text = argument.removeprefix('--').partition('=')
         is_file = argument.endswith('.py') and not argument.startswith('-')
-        if argument in ('--help', '-h', '--skip_unknown', skip_option):
+        if argument in {'--help', '-h', *skips}:
             continue
         if plain and not is_file and not argument.startswith('-'):
             script[plain].append(argument)
@@ -94,10 +94,10 @@ def configure(script: dict, arguments: list[str] | None = None, skip_unknown: bo
             raise UserError(f"unexpected {argument!r}: settings are --key=value, config files end in .py")
         changes = run_file(argument, settings) if is_file else {key: text}
         unknown = [describe(name, defaults) for name in changes if name not in defaults]
-        if unknown and is_file and (skip_unknown or {'--skip_unknown', skip_option} & {*arguments}):
+        if unknown and is_file and (skip_unknown or skips & {*arguments}):
             print(f"{argument}: skipping {', '.join(unknown)}", file=sys.stderr)
         elif unknown:
-            hint = f"; {skip_option} skips them, and names starting with _ are free" if is_file else ''
+            hint = "; --skip_unknown=True skips them, and names starting with _ are free" if is_file else ''
             raise UserError(f"{argument}: unknown setting {', '.join(unknown)}: see --help{hint}")
         settings |= {name: convert(name, changes[name], defaults[name]) for name in changes.keys() & defaults}
     if '--help' in arguments or '-h' in arguments:
