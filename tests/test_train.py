@@ -177,8 +177,9 @@ def test_another_vocabulary_is_refused(run_train, checkout):
         if is_nanogpts:                                             # whose file has no vocabulary
             state = load_state(out_dir)
             del state['meta']
-            torch.save(state, out_dir / 'last.pt')
-        for settings in (dict(init_from='resume'), dict(name='new', init_from=str(out_dir / 'last.pt'))):
+            for name in ('last.pt', 'ckpt.pt'):
+                torch.save(state, out_dir / name)
+        for settings in (dict(init_from='resume'), dict(name='new', init_from=str(out_dir))):
             with pytest.raises(UserError, match='data/other_char has a different vocabulary .*t.pt'):
                 run_train(**settings, dataset='other_char')
 
@@ -232,6 +233,7 @@ def test_eval_only_evaluates_once_and_leaves_everything(run_train, capsys):
 # mistakes
 
 @pytest.mark.parametrize('settings, words', [
+    (dict(dataset='openwebtext'), 'no data/openwebtext/train.bin: run python data/openwebtext/prepare.py in'),
     (dict(dataset='nowhere'), 'no data/nowhere/train.bin: run python data/prepare_text.py FILE --dataset=nowhere'),
     (dict(init_from='config'), 'no ckpt.pt or last.pt in config'),
     (dict(init_from='resume'), 'no last.pt or ckpt.pt in .*/out'),
