@@ -13,8 +13,8 @@ def orthogonalize(G: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """About the nearest semi-orthogonal matrix to each of G (n, R, C): U V^T, where G = U S V^T.
 
     The Newton-Schulz iteration of Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon):
-    X <- (a + b A + c A^2) X with A = X X^T takes each singular value s to a s + b s^3 + c s^5. The coefficients
-    are the best for s from 0.001 to 1 (Amsel et al. 2025, arXiv 2505.16932, theirs for a safety of 1.01).
+    X <- (a + b A + c A^2) X with A = X X^T takes each singular value s to a s + b s^3 + c s^5, by the best
+    coefficients for s from 0.001 to 1 (Amsel et al. 2025, arXiv 2505.16932, with their safety of 1.01).
     Computes in and returns bfloat16 where a GPU or CPU has it, else float32. Zeros stay zeros.
     """
     X = G.bfloat16() if G.is_cuda or torch.cpu._is_avx512_bf16_supported() else G.float()

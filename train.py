@@ -341,8 +341,8 @@ def train():
         last_saved = iter_num if saved else None
         best_val_loss = float(saved.get('best_val_loss', math.inf))
         if saved and data != saved.get('data'):
-            machine.print(f"data/{dataset} has changed since the checkpoint, or that is nanoGPT's: the best val "
-                          "loss is reset")
+            machine.print(f"data/{dataset} has changed since the checkpoint, or that is nanoGPT's: the best "
+                          "val loss is reset")
             best_val_loss = math.inf
         config = {name: getattr(raw_model.config, name, globals()[name]) for name in setting_names}
         config['init_from'] = saved['config'].get('init_from', 'scratch') if saved else init_from

@@ -234,7 +234,7 @@ def test_eval_only_evaluates_once_and_leaves_everything(run_train, capsys):
 
 @pytest.mark.parametrize('settings, words', [
     (dict(dataset='openwebtext'), 'no data/openwebtext/train.bin: run python data/openwebtext/prepare.py in'),
-    (dict(dataset='nowhere'), 'no data/nowhere/train.bin: run python data/prepare_text.py FILE --dataset=nowhere'),
+    (dict(dataset='nowhere'), 'no data/nowhere/.*: run python data/prepare_text.py FILE --dataset=nowhere in'),
     (dict(init_from='config'), 'no ckpt.pt or last.pt in config'),
     (dict(init_from='resume'), 'no last.pt or ckpt.pt in .*/out'),
     (dict(block_size=1_000_000), 'block_size=1000000 needs 1000001'),
@@ -264,7 +264,8 @@ def test_the_settings_are_nanogpts():
         decay_lr=True, warmup_iters=2000, lr_decay_iters=600000, min_lr=6e-5,
         seed=1337, backend='auto', device='auto', dtype='auto', compile='auto')
     ours = dict(
-        init_std=0.02, optimizer='adamw', muon_learning_rate=0.02, muon_momentum=0.95, muon_beta2=0.95, muon_steps=5,
+        init_std=0.02, optimizer='adamw', muon_learning_rate=0.02, muon_momentum=0.95, muon_beta2=0.95,
+        muon_steps=5,
         save_interval=0, keep_checkpoints=0, timeout=1800, checkpoint_activations=False, use_rope=False,
         shard_optimizer=False, sampling='random')
     assert DEFAULTS == expected | ours, \
@@ -385,7 +386,8 @@ def test_compiled_in_two_processes_with_several_buckets(checkout, tmp_path, conf
 
 
 @pytest.mark.parametrize('settings, words', [
-    (dict(optimizer='mun'), "optimizer must be adamw or muon, got 'mun'"), (dict(dataset='nowhere'), 'no data'),
+    (dict(optimizer='mun'), "optimizer must be adamw or muon, got 'mun'"),
+    (dict(dataset='nowhere'), 'no data'),
     (dict(use_alibi=True, use_rope=True), 'mutually exclusive: set one to False')])
 def test_a_refused_run_moves_no_other(run_train, settings, words):
     out_dir = run_train(max_iters=2)
