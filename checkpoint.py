@@ -19,7 +19,7 @@ import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import asdict, fields
+from dataclasses import fields
 from itertools import count
 from pathlib import Path
 from typing import IO
@@ -197,9 +197,8 @@ def load(path: str | Path, meta: dict | None = None) -> dict:
 
 def model_args(config: GPTConfig) -> dict:
     """What a checkpoint says of its model: nanoGPT's keys, and ours where they are not at their default."""
-    defaults = {field.name: field.default for field in fields(GPTConfig)}
-    args = asdict(config)
-    return {key: args[key] for key in args if key in NANOGPT_ARGS or args[key] != defaults[key]}
+    return {field.name: value for field in fields(GPTConfig)
+            if (value := getattr(config, field.name)) != field.default or field.name in NANOGPT_ARGS}
 
 
 def build_model(state: dict, **overrides) -> GPT:

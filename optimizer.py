@@ -4,6 +4,8 @@ import math
 import torch
 from torch.optim.adamw import adamw
 
+from runtime import has_bf16
+
 PORTION = 2**26  # numbers that are orthogonalized at once: all of GPT-2 XL's would take gigabytes
 POLAR_EXPRESS = ((8.2051, -22.9019, 16.4607), (4.0664, -2.8612, 0.5184), (3.9096, -2.8234, 0.5250),
                  (3.2856, -2.4153, 0.4853), (2.2779, -1.6198, 0.3985))  # (a, b, c) of each step
@@ -17,7 +19,7 @@ def orthogonalize(G: torch.Tensor, steps: int = 5) -> torch.Tensor:
     coefficients for s from 0.001 to 1 (Amsel et al. 2025, arXiv 2505.16932, with their safety of 1.01).
     Computes in and returns bfloat16 where a GPU or CPU has it, else float32. Zeros stay zeros.
     """
-    X = G.bfloat16() if G.is_cuda or torch.cpu._is_avx512_bf16_supported() else G.float()
+    X = G.bfloat16() if has_bf16(G.device) else G.float()
     is_tall = X.size(1) > X.size(2)
     X = X.mT if is_tall else X                                  # (n, r, c) with r <= c, for the smaller A
     X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)    # now no singular value exceeds 1

@@ -35,6 +35,13 @@ def derive_seed(seed: int, purpose: int, index: int = 0) -> int:
     return int(np.random.SeedSequence([seed, purpose, index]).generate_state(1, np.uint64)[0])
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device itself computes in bfloat16."""
+    if device.type == 'cuda':
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == 'cpu' and torch.cpu._is_avx512_bf16_supported()
+
+
 class StopSignals:
     """`received` becomes true at SIGTERM, SIGINT (Ctrl-C), SIGHUP (closed terminal) or SIGUSR1 (a cluster's).
 
@@ -93,16 +100,14 @@ class Machine(NamedTuple):
     def mean(self, losses: torch.Tensor) -> float:
         """The mean of losses (N,), each filled in by one process and 0 elsewhere. Synchronizes."""
         if self.world_size > 1:
-            losses = losses.clone()
-            dist.all_reduce(losses)
+            dist.all_reduce(losses := losses.clone())
         return losses.mean().item()
 
     def any(self, flag: object) -> bool:
         """Whether the flag is true in any process. They agree on the CPU: no GPU is synchronized."""
-        if self.world_size == 1:
-            return bool(flag)
-        flags = torch.tensor(float(bool(flag)))
-        dist.all_reduce(flags)
+        flags = torch.tensor(bool(flag), dtype=torch.int32)
+        if self.world_size > 1:
+            dist.all_reduce(flags)
         return flags.item() > 0
 
     def same(self, value: object) -> bool:
@@ -133,18 +138,17 @@ class Machine(NamedTuple):
 
     def peak_flops(self) -> float | None:
         """This GPU's dense peak in FLOP/s at 16 bits, or None where that is unknown or not the dtype."""
-        if self.device.type != 'cuda' or self.dtype == 'float32':
-            return None
-        name = torch.cuda.get_device_name(self.device)
-        if re.search(r'\b(MIG|Laptop)\b', name):                    # a part of the card, or a slower one
-            return None
-        return next((peak for key, peak in PEAK_FLOPS.items() if re.search(rf'\b{key}\b', name)), None)
+        has_peak = self.device.type == 'cuda' and self.dtype != 'float32'
+        name = torch.cuda.get_device_name(self.device) if has_peak else ''
+        whole = r'\b{}\b(?!.*\b(MIG|Laptop)\b)'                      # not a part of the card, or a slower one
+        return next((peak for key, peak in PEAK_FLOPS.items() if re.search(whole.format(key), name)), None)
 
     def __str__(self) -> str:
         is_gpu = self.device.type == 'cuda'
         name = torch.cuda.get_device_name(self.device) if is_gpu else f"{torch.get_num_threads()} threads"
-        return (f"{self.device} ({name}), {self.dtype}, {'compiled' if self.compile else 'eager'}, "
-                f"processes: {self.world_size}")
+        is_slow = self.dtype == 'bfloat16' and self.device.type != 'mps' and not has_bf16(self.device)
+        return (f"{self.device} ({name}), {self.dtype}{' (emulated: SLOW)' if is_slow else ''}, "
+                f"{'compiled' if self.compile else 'eager'}, processes: {self.world_size}")
 
 
 def set_up(device: str = 'auto', dtype: str = 'auto', compile: bool | str = 'auto',
@@ -161,11 +165,8 @@ def set_up(device: str = 'auto', dtype: str = 'auto', compile: bool | str = 'aut
     if device.index is not None:
         torch.accelerator.set_device_index(device)
     if dtype == 'auto':
-        if device.type == 'cuda':
-            dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
-        else:
-            has_bf16 = device.type == 'cpu' and torch.cpu._is_avx512_bf16_supported()
-            dtype = 'bfloat16' if is_large and has_bf16 else 'float32'
+        usual = 'float16' if device.type == 'cuda' else 'float32'
+        dtype = 'bfloat16' if has_bf16(device) and (is_large or device.type == 'cuda') else usual
     if dtype not in ('float32', 'bfloat16', 'float16'):
         raise UserError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
     if compile not in (True, False, 'auto'):
@@ -195,8 +196,8 @@ def processes(device: str = 'auto', dtype: str = 'auto', compile: bool | str = '
         return
     options = dict(backend='gloo', timeout=timedelta(seconds=timeout))
     if machine.device.type == 'cuda':                               # gloo for what is agreed on the CPU
-        backend = 'nccl' if backend == 'auto' else backend
-        options |= dict(backend=f'cpu:gloo,cuda:{backend}', device_id=machine.device)
+        backend = f"cpu:gloo,cuda:{backend.replace('auto', 'nccl')}"
+        options |= dict(backend=backend, device_id=machine.device)
     if os.environ.get('GROUP_WORLD_SIZE') == '1':
         # PyTorch 2.13: torchrun, when it restarts processes, keeps the addresses of the old ones in the store
         # where the new ones look for each other. (Several torchruns: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.)

@@ -19,7 +19,7 @@ n_layer = 4
 n_head = 4
 n_embd = 256
 
-max_iters = 1500
-lr_decay_iters = 1650
+max_iters = 1000
+lr_decay_iters = 1100
 warmup_iters = 50
 eval_interval = 250

@@ -15,7 +15,6 @@ out_dir = 'out-shakespeare-char-muon'
 wandb_run_name = 'mini-gpt-muon'
 use_alibi = True
 
-dtype = 'bfloat16'             # half of float32's time on a CPU that has it
 batch_size = 32
 sampling = 'epochs'
 eval_interval = 125

@@ -17,5 +17,5 @@ use_rope = True                # learns faster than ALiBi, but breaks beyond blo
 sampling = 'epochs'
 batch_size = 6
 block_size = 128               # as many tokens in a batch as the others have
-max_iters = 1450
-lr_decay_iters = 1595
+max_iters = 1500
+lr_decay_iters = 1650
