@@ -28,8 +28,8 @@ def first_screen(panes, path):
         axes.text(0, 1.03, pane['title'], color=color, weight='bold', size=11, transform=axes.transAxes)
         axes.text(1, 1.03, f"val loss {pane['loss']:.2f}", color=color, ha='right', size=10,
                   transform=axes.transAxes)
-        lines = [part for line in pane['text'].splitlines() for part in textwrap.wrap(line, 36) or ['']]
-        axes.text(0.03, 0.95, '\n'.join(lines[:14]), va='top', family='monospace', size=8.2, linespacing=1.3,
+        lines = [part for line in pane['text'].splitlines() for part in textwrap.wrap(line, 34) or ['']]
+        axes.text(0.03, 0.95, '\n'.join(lines[:14]), va='top', family='monospace', size=9.2, linespacing=1.25,
                   parse_math=False, transform=axes.transAxes)
         axes.set(xticks=[], yticks=[], facecolor='0.97')
         for spine in axes.spines.values():
