@@ -2,7 +2,7 @@
 import re
 
 import pytest
-from conftest import error_line, run_script
+from conftest import REPO, error_line, run_script
 
 from configurator import UserError, configure
 
@@ -143,3 +143,9 @@ def test_typos_and_help_wait_for_no_slow_import(fork, script):
     settings = re.findall(r"^  --(\w+)=.+?  +(.*)$", output, flags=re.MULTILINE)
     assert settings and all(name.islower() and comment for name, comment in settings)
     assert output.startswith((fork / script).read_text().removeprefix('"""').split('\n')[0])
+
+
+def test_no_config_asks_for_a_precision():
+    """It is the machine's: bfloat16 takes 26 times as long on a CPU that only emulates it."""
+    paths = sorted(REPO.glob('config/*.py'))
+    assert paths and not [path.name for path in paths if re.search('^dtype', path.read_text(), re.MULTILINE)]
