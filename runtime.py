@@ -147,7 +147,7 @@ class Machine(NamedTuple):
         is_gpu = self.device.type == 'cuda'
         name = torch.cuda.get_device_name(self.device) if is_gpu else f"{torch.get_num_threads()} threads"
         is_slow = self.dtype == 'bfloat16' and self.device.type != 'mps' and not has_bf16(self.device)
-        return (f"{self.device} ({name}), {self.dtype}{' (emulated: SLOW)' if is_slow else ''}, "
+        return (f"{self.device} ({name}), {self.dtype}{' (emulated? try float32)' if is_slow else ''}, "
                 f"{'compiled' if self.compile else 'eager'}, processes: {self.world_size}")
 
 
@@ -196,8 +196,7 @@ def processes(device: str = 'auto', dtype: str = 'auto', compile: bool | str = '
         return
     options = dict(backend='gloo', timeout=timedelta(seconds=timeout))
     if machine.device.type == 'cuda':                               # gloo for what is agreed on the CPU
-        backend = f"cpu:gloo,cuda:{backend.replace('auto', 'nccl')}"
-        options |= dict(backend=backend, device_id=machine.device)
+        options |= dict(device_id=machine.device, backend=f"cpu:gloo,cuda:{backend.replace('auto', 'nccl')}")
     if os.environ.get('GROUP_WORLD_SIZE') == '1':
         # PyTorch 2.13: torchrun, when it restarts processes, keeps the addresses of the old ones in the store
         # where the new ones look for each other. (Several torchruns: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.)

@@ -255,14 +255,13 @@ def print_plan(machine, config, n_params, splits):
     tokens, n = gradient_accumulation_steps * batch_size * config.block_size, len(splits['train'])
     positions = 'ALiBi' if config.use_alibi else 'rotary' if config.use_rope else 'learned'
     muon = f"muon at {muon_learning_rate}, " if optimizer == 'muon' else ''
-    compiling = ", and the model is compiled" if machine.compile else ''
     machine.print(f"""\
 device:    {machine}
 data:      data/{dataset}, {n:,} train tokens, {len(splits['val']):,} val tokens
 model:     {n_params / 1e6:.2f}M parameters, {positions} positions, vocab_size {config.vocab_size}
 iteration: {tokens:,} tokens = {gradient_accumulation_steps} x {batch_size} x {config.block_size}
 run:       {max_iters:,} iterations = {max_iters * tokens / n:.2f} epochs, {muon}adamw at {learning_rate}
-first:     the loss of 2 x {eval_iters} batches{compiling}""")
+first:     the loss of 2 x {eval_iters} batches{', and the model is compiled' if machine.compile else ''}""")
     if gradient_accumulation_steps % machine.world_size:
         machine.print(f"gradient_accumulation_steps={gradient_accumulation_steps} is not a multiple of the "
                       f"{machine.world_size} processes: some will sit idle")

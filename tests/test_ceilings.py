@@ -3,11 +3,11 @@ import pytest
 from conftest import REPO
 
 CEILINGS = {
-    'model.py': 406, 'optimizer.py': 105, 'train.py': 443, 'configurator.py': 115, 'checkpoint.py': 229,
-    'dataset.py': 164, 'runtime.py': 212, 'sample.py': 91, 'eval.py': 87,
+    'model.py': 406, 'optimizer.py': 105, 'train.py': 442, 'configurator.py': 115, 'checkpoint.py': 229,
+    'dataset.py': 164, 'runtime.py': 211, 'sample.py': 91, 'eval.py': 87,
     'sample_alibi_extrapolation.py': 270, 'bench.py': 175, 'export_hf.py': 141, 'plot.py': 56,
 }
-FOLDERS = {'.': 2492, 'data': 400, 'benchmarks': 450, 'tests': 4500}
+FOLDERS = {'.': 2490, 'data': 400, 'benchmarks': 450, 'tests': 4500}
 
 
 def count_lines(paths):

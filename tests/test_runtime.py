@@ -53,8 +53,8 @@ def test_the_plan_says_that_a_cpu_only_emulates_bfloat16(monkeypatch, has_bf16):
     """It takes 26 times as long as float32 there, and nanoGPT, which ignores --dtype on a CPU, would not."""
     monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: has_bf16)
     machine = Machine(torch.device('cpu'), 'bfloat16', False)
-    assert ('SLOW' in str(machine)) == (not has_bf16)
-    assert 'SLOW' not in str(machine._replace(dtype='float32'))
+    assert ('try float32' in str(machine)) == (not has_bf16)
+    assert 'try float32' not in str(machine._replace(dtype='float32'))
 
 
 def test_a_process_takes_the_gpu_of_its_local_rank(computer, monkeypatch):
