@@ -317,7 +317,13 @@ def load_gpt2(name: str | Path, meta: dict | None, overrides: dict) -> tuple[GPT
     """load_model() for a GPT-2. Raises UserError if its tokens are not GPT-2's, or the data's."""
     if meta and 'itos' in meta:
         raise UserError(f"the data has a vocabulary of its own, and {name} has GPT-2's tokens")
-    model = GPT.from_pretrained(name, overrides)
+    try:
+        model = GPT.from_pretrained(name, overrides)
+    except OSError as error:
+        if name not in GPT2_NAMES:
+            raise
+        raise UserError(f"{name} could not be downloaded ({type(error).__name__}): go online once, or "
+                        "give the folder of a GPT-2 that transformers saved") from error
     is_gpt2s = model.config.vocab_size >= 50257
     for file in ('vocab.json', 'tokenizer.json'):
         path = Path(name) / file
