@@ -389,7 +389,10 @@ def train():
         T = raw_model.config.block_size  # which the weights decide
         splits = {split: load_split(dataset, split, T, meta) for split in ('train', 'val')}
         data = {split: fingerprint(ids) for split, ids in splits.items()}
-        start.check_processes(settings, machine, beginning, saved, data)
+        is_evaluated, best_val_loss = start.evaluation_so_far(beginning, saved, data, settings,
+                                                              machine)
+        start.check_processes(settings, machine, beginning.kind, saved.get('hash'), data,
+                              is_evaluated)
         raw_model.train().to(machine.device)
         opt, scaler = make_optimizer(raw_model, saved, machine)
         params = list(raw_model.parameters())
@@ -401,8 +404,6 @@ def train():
         # where the run stands
         iter_num = first_iter = saved.get('iter_num', 0)
         last_saved = iter_num  # at 0 there is nothing to save
-        is_evaluated, best_val_loss = start.evaluation_so_far(beginning, saved, data, settings,
-                                                              machine)
         if is_evaluated and iter_num >= max_iters and not eval_only:
             machine.print(start.finished_message(settings, iter_num))
             return

@@ -91,7 +91,8 @@ def test_finetune_evaluate_and_resume(run_train, checkout, gpt2, capsys):
     assert 'step 0: train loss' in capsys.readouterr().out
     out_dir = run_train(**options, block_size=16)
     assert 'n_embd: 8 as in the weights, not 32' in capsys.readouterr().out
-    args = load_state(out_dir)['model_args']
+    state = load_state(out_dir)
+    args = state['model_args'] | {'gelu': state['gelu']}
     assert (args['gelu'], args['block_size'], args['dropout']) == ('tanh', 16, 0.1)
     first, *_, last = [record['val_loss'] for record in evaluations(out_dir)]
     assert last < first - 1
