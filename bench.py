@@ -122,7 +122,7 @@ def bench_training(job):
     n = steps or max(1, round(0.5 / min(seconds)))
     times = alternate(kinds, blocks, n, device)
     print_table(f'{blocks} blocks x {n} steps', times, job.batch_size * job.config.block_size)
-    peak_flops = job.machine.peak_flops()
+    peak_flops = runtime.peak_flops(job.machine)
     for name in times if peak_flops else ():
         mfu = models[name].estimate_mfu(job.batch_size, np.median(times[name]), peak_flops)
         print(f"{name}: MFU {mfu:.1%}")
