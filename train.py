@@ -98,6 +98,7 @@ import start
 from dataset import draw_batch, epoch_starts, fingerprint, load_meta, load_split
 from optimizer import configure_muon, load_state, shard, whole_state
 from runtime import derive_seed
+
 A100_FLOPS = 312e12  # in bfloat16: what nanoGPT's mfu is a share of, and ours where no peak is known
 
 
