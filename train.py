@@ -95,7 +95,7 @@ from tqdm import tqdm
 import checkpoint
 import runtime
 import start
-from dataset import draw_batch, epoch_starts, fingerprint, load_meta, load_split
+from dataset import doubts, draw_batch, epoch_starts, fingerprint, load_meta, load_split
 from optimizer import configure_muon, load_state, shard, whole_state
 from runtime import derive_seed
 
@@ -401,6 +401,8 @@ def train():
         ddp_model = runtime.distribute(model, machine)
         get_batch, get_micro_batch = batch_functions(splits, raw_model.config, machine)
         print_plan(machine, raw_model.config, raw_model.get_num_params(), splits)
+        for doubt in doubts(splits['train'], meta):
+            machine.print(doubt)
 
         # where the run stands
         iter_num = first_iter = saved.get('iter_num', 0)
