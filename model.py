@@ -264,12 +264,12 @@ class CausalSelfAttention(nn.Module):
             k = rotate(k, *angles)
         if cache is not None:
             k, v = cache.extend(k, v)                               # (B, H, S, D) each
+        p = self.dropout if self.training else 0.0
         if not self.flash:
             y = explicit_attention(q, k, v, mask, self.attn_dropout)
-        elif is_faster_explicitly(q, k):
+        elif is_faster_explicitly(q, k, mask, p):
             y = blockwise_attention(q, k, v, mask, self.attn_dropout)
         else:
-            p = self.dropout if self.training else 0.0
             y = fused_attention(q, k, v, mask, channels, p)         # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)                      # heads side by side again
         return self.resid_dropout(self.c_proj(y))
@@ -634,24 +634,29 @@ class Dropout(nn.Dropout):
         return x * (bits >= drawn - 2**15) * (2**16 / (2**16 - drawn))
 
 
-def is_faster_explicitly(q: Tensor, k: Tensor) -> bool:
-    """Whether blockwise_attention() is faster than PyTorch's kernel, for q (B, H, T, D), k (B, H, S, D).
+def is_faster_explicitly(q: Tensor, k: Tensor, mask: Tensor | None, p: float) -> bool:
+    """Whether blockwise_attention() is faster than PyTorch's kernel on a CPU, for dropout p.
 
-    On a CPU it is, as long as its weights take little memory: the kernel does not use the units
-    for products in 16 bits, and has no dropout.
+    That kernel does not use the CPU's units for products in 16 bits, computes what the mask hides,
+    and has no dropout. But it keeps no weights for the backward pass: those must take little memory.
     """
-    is_small = q.size(2) > 1 and q.size(0) * q.size(1) * q.size(2) * k.size(2) <= 2**26
-    return q.device.type == 'cpu' and is_small and not torch.compiler.is_compiling()
+    n_weights = q.size(0) * q.size(1) * q.size(2) * k.size(2)
+    is_weak = q.dtype != torch.float32 or mask is not None or p > 0
+    is_possible = q.device.type == 'cpu' and not torch.compiler.is_compiling()
+    return is_possible and is_weak and q.size(2) > 1 and n_weights <= 2**26
 
 
 def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
                         dropout: nn.Module) -> Tensor:
     """explicit_attention(), a block of queries at a time: each leaves out the keys that follow it."""
-    T, S = q.size(2), k.size(2)
+    T = q.size(2)
     if mask is None:
         mask = causal_mask(torch.arange(T), T).to(q.dtype)          # (T, S)
-    if S != T:                                                      # a cache: any query sees any key
+    if k.size(2) != T:                                              # with a cache
         return explicit_attention(q, k, v, mask, dropout)
+    q = q.contiguous()                                              # once, not for each block
+    k = k.contiguous()
+    v = v.contiguous()
     blocks = []
     for first in range(0, T, 256):
         end = min(first + 256, T)
