@@ -156,7 +156,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     The scores of rotated queries and keys depend on the distance i - j alone.
     """
     swapped = x.roll(x.size(-1) // 2, dims=-1)                  # each channel's partner
-    return (x * cos + swapped * sin).to(x.dtype)
+    return x * cos + swapped * sin
 
 
 # ---- the key/value cache ---------------------------------------------------------------------
@@ -403,7 +403,8 @@ class GPT(nn.Module):
         elif self.config.use_alibi:
             mask = alibi_bias(self.slopes, i, S)                    # (1, H, T, S)
         if self.config.use_rope:
-            context['angles'] = rotary_angles(i, D)                 # (T, D) each
+            cos, sin = rotary_angles(i, D)                          # (T, D) each
+            context['angles'] = (cos.to(dtype), sin.to(dtype))
         if mask is not None:
             context['mask'] = mask.to(dtype)
         return i, context
@@ -621,17 +622,24 @@ class HeadLoss(torch.autograd.Function):
 # ---- only for speed on a CPU -----------------------------------------------------------------
 
 class Dropout(nn.Dropout):
-    """torch.nn.Dropout. On a CPU most of its time goes into random numbers: 16 bits of them do."""
+    """torch.nn.Dropout. On a CPU most of its time goes into random numbers: 15 bits of them do.
+
+    Masks are made of integers: of -1, all of whose bits are ones, and 0.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        drawn = round(self.p * 2**16)                               # p, to one part in 65,536
+        drawn = round(self.p * 2**15)                               # p, to one part in 32,768
         is_slow = self.training and x.device.type == 'cpu' and not torch.compiler.is_compiling()
-        if not is_slow or drawn in (0, 2**16):
+        if not is_slow or drawn in (0, 2**15):
             return super().forward(x)
         n = x.numel()
-        bits = torch.empty(-(-n // 4), dtype=torch.int64).random_(-2**63, None)
-        bits = bits.view(torch.int16)[:n].view(x.shape)
-        return x * (bits >= drawn - 2**15) * (2**16 / (2**16 - drawn))
+        bits = torch.empty(-(-n // 4), dtype=torch.int64).random_(-2**63, None).view(torch.int16)
+        bits = bits[:n].view(x.shape).bitwise_and_(2**15 - 1)       # from 0 to 2^15 - 1
+        kept = bits.neg_().add_(drawn - 1).bitwise_right_shift_(15)  # -1 where bits >= drawn, or 0
+        integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+        scale = torch.tensor(2**15 / (2**15 - drawn), dtype=x.dtype)
+        factor = kept.to(integer).bitwise_and_(scale.view(integer)).view(x.dtype)  # scale or 0
+        return x * factor
 
 
 def is_faster_explicitly(q: Tensor, k: Tensor, mask: Tensor | None, p: float) -> bool:
