@@ -65,10 +65,8 @@ def causal_mask(i: Tensor, S: int) -> Tensor:
 
     That is 0, and -inf where key j lies after query i.
     """
-    i = i[:, None]                                              # (T, 1)
     j = torch.arange(S, device=i.device)                        # (S,)
-    zeros = torch.zeros_like(i - j, dtype=torch.float32)        # (T, S)
-    return zeros.masked_fill(j > i, -math.inf)
+    return torch.where(j > i[:, None], -math.inf, 0.0).float()
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -628,8 +626,10 @@ class Dropout(nn.Dropout):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
         drawn = round(self.p * 2**15)                               # p, to one part in 32,768
-        is_slow = self.training and x.device.type == 'cpu' and not torch.compiler.is_compiling()
+        is_slow = x.device.type == 'cpu' and not torch.compiler.is_compiling()
         if not is_slow or drawn in (0, 2**15):
             return super().forward(x)
         n = x.numel()
