@@ -221,7 +221,7 @@ def load_model(name: str | Path, meta: dict | None = None, **overrides) -> tuple
         return build_model(state, **overrides).eval(), state
     if meta and 'itos' in meta:
         raise UserError(f"the data has a vocabulary of its own, and {name} has GPT-2's tokens")
-    model = GPT.from_pretrained(name, overrides)
+    model = GPT.from_pretrained(name, overrides).eval()
     files = [Path(name) / file for file in ('vocab.json', 'tokenizer.json') if (Path(name) / file).exists()]
     is_gpt2s = all(re.search(r'"(\u0120|\\u0120)the": *262\b', file.read_text('utf-8')) for file in files)
     if not is_gpt2s or model.config.vocab_size < 50257:

@@ -2,7 +2,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_model import random_ids, small
+from small_models import random_ids, small
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 

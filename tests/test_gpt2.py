@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPO, evaluations, load_state, run_script
-from test_model import all_logits, random_ids
+from small_models import all_logits, random_ids
 
 import checkpoint
 from configurator import UserError, configure

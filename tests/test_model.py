@@ -1,39 +1,28 @@
 """The model: against a naive one, in training, under torch.compile, and as it generates."""
 import math
 import shutil
+import types
 
 import naive
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import REPO, run_script
+from small_models import ALIBI, ROPE, SMALL, all_logits, random_ids, small
 
-from model import GPT, GPTConfig, KVCache, alibi_bias, alibi_slopes, attend, dropout, sample_logits
+from model import (
+    GPT,
+    Block,
+    CausalSelfAttention,
+    Dropout,
+    GPTConfig,
+    KVCache,
+    LayerNorm,
+    alibi_bias,
+    alibi_slopes,
+    sample_logits,
+)
 from optimizer import configure_muon
-
-SMALL = dict(block_size=16, vocab_size=23, n_layer=2, n_head=3, n_embd=24)
-ALIBI, ROPE = dict(use_alibi=True), dict(use_rope=True)
-
-
-def small(seed=0, std=0.2, **options):
-    """A small model in eval mode. std is added to the weights' own, so that every part of it matters."""
-    torch.manual_seed(seed)
-    model = GPT(GPTConfig(**SMALL | options)).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(std * torch.randn_like(p))
-    return model
-
-
-def random_ids(B, T, vocab_size=SMALL['vocab_size'], seed=1):
-    return torch.randint(vocab_size, (B, T), generator=torch.Generator().manual_seed(seed))
-
-
-def all_logits(model, idx):
-    """The logits at all positions of idx, (B, T, vocab_size); without targets only the last are computed."""
-    logits, _ = model(idx, targets=idx)
-    return logits
-
 
 # the model against the naive one
 
@@ -90,6 +79,49 @@ def test_the_future_does_not_matter(positions):
     assert not torch.allclose(before[:, 10:], after[:, 10:])
 
 
+@pytest.mark.parametrize('p', [0.0, 0.3])
+@pytest.mark.parametrize('positions', [{}, ALIBI, ROPE])
+@pytest.mark.parametrize('flash', [True, False])
+@pytest.mark.parametrize('pieces', [[16], [5, 16], [5, 6, 7, 16]])
+def test_the_future_does_not_matter_in_train_mode(p, positions, flash, pieces):
+    """With dropout, in one piece or with a cache: to the bit, since the same random numbers are drawn."""
+    model, idx = small(**positions, dropout=p).train(), random_ids(2, 16)
+    for block in model.transformer.h:
+        block.attn.flash = flash
+
+    def logits(idx):
+        torch.manual_seed(5)
+        if pieces == [16]:
+            return all_logits(model, idx)
+        cache, parts = KVCache(16, idx.device), []
+        for start, end in zip([0, *pieces], pieces):
+            parts.append(model(idx[:, start:end], idx[:, start:end], cache=cache)[0])
+        return torch.cat(parts, dim=1)                              # (2, 16, V)
+
+    before = logits(idx)
+    for t in (1, 6, 12, 15):
+        changed = idx.clone()
+        changed[:, t] = (idx[:, t] + 1) % SMALL['vocab_size']
+        after = logits(changed)
+        assert torch.equal(before[:, :t], after[:, :t]) and not torch.allclose(before[:, t:], after[:, t:])
+
+
+@pytest.mark.parametrize('positions', [{}, ALIBI, ROPE])
+@pytest.mark.parametrize('cached', [False, True])
+def test_logits_in_train_mode_equal_the_naive_model(positions, cached):
+    """With so little dropout that nothing happens to be dropped."""
+    model, idx = small(**positions, dropout=1e-5, std=0.1).train(), random_ids(1, 12)
+    expected = naive.logits(model.state_dict(), model.config, idx[0].tolist())
+    torch.manual_seed(0)
+    if cached:
+        cache = KVCache(16, idx.device)
+        parts = [model(piece, piece, cache=cache)[0] for piece in idx.split([5, 4, 1, 1, 1], dim=1)]
+        found = torch.cat(parts, dim=1)
+    else:
+        found = all_logits(model, idx)
+    torch.testing.assert_close(found[0].double(), expected, rtol=0, atol=1e-3)
+
+
 # initialization and training
 
 @pytest.mark.parametrize('std, args', [(0.02, ()), (0.05, (0.05,))])
@@ -144,6 +176,11 @@ def test_adamw_is_the_formula():
     (dict(n_embd=25), ['25', '3']),
     (dict(n_embd=27, use_rope=True), ['27', '3', 'use_rope']),
     (dict(use_alibi=True, use_rope=True), ['use_alibi', 'use_rope']),
+    (dict(block_size=0), ['block_size', '0']), (dict(vocab_size=0), ['vocab_size', '0']),
+    (dict(n_layer=-1), ['n_layer', '-1']), (dict(n_head=0), ['n_head', '0']),
+    (dict(n_embd=-24), ['n_embd', '-24']), (dict(dropout=1), ['dropout', '1']),
+    (dict(dropout=20.0), ['dropout', '20']), (dict(dropout=-0.1), ['dropout', '-0.1']),
+    (dict(dropout=math.nan), ['nan']), (dict(gelu='relu'), ['gelu', 'relu']),
 ])
 def test_bad_sizes_raise_with_the_numbers(options, words):
     with pytest.raises(ValueError) as error:
@@ -218,9 +255,9 @@ def test_no_shape_changes_from_token_to_token(positions, monkeypatch):
     shapes = set()
     original = F.scaled_dot_product_attention
 
-    def spy(q, k, v, mask=None, **options):
-        shapes.add((q.size(2), k.size(2), mask if mask is None else tuple(mask.shape)))
-        return original(q, k, v, mask, **options)
+    def spy(q, k, v, attn_mask=None, **options):
+        shapes.add((q.size(2), k.size(2), attn_mask if attn_mask is None else tuple(attn_mask.shape)))
+        return original(q, k, v, attn_mask, **options)
 
     def decode(new, cache):
         assert new.shape == (3, 1)
@@ -326,23 +363,34 @@ def test_dropout(p):
     """It zeroes a share p, scales the rest, and treats the gradient alike."""
     torch.manual_seed(0)
     x = torch.ones(1001, 999, requires_grad=True)
-    y = dropout(x, p)
+    dropout = Dropout(p)
+    y = dropout(x)
     y.sum().backward()
     assert torch.equal(x.grad, y) and (y == 0).float().mean().item() == pytest.approx(p, abs=2e-3)
     assert y.max().item() == pytest.approx(1 / (1 - p), rel=1e-4) and len(y.unique()) == (2 if p else 1)
-    assert p == 0 or not torch.equal(dropout(x, p), y)
+    assert p == 0 or not torch.equal(dropout(x), y)
+    assert torch.equal(dropout.eval()(x), x)
 
 
 @pytest.mark.parametrize('use_alibi', [False, True])
 def test_attention_drops_probabilities(use_alibi):
-    """With values that pass them on: each is 0 or what it is without dropout, scaled."""
+    """Each is 0 or what it is without dropout, scaled; they then weigh the values."""
     torch.manual_seed(0)
-    q, k, v = torch.randn(3, 2, 50, 8), torch.randn(3, 2, 50, 8), torch.eye(50).expand(3, 2, 50, 50)
-    mask = alibi_bias(alibi_slopes(2), torch.arange(50), 50) if use_alibi else None
-    kept, dropped = attend(q, k, v, mask, 0.0), attend(q, k, v, mask, 0.25)
+    attention, x = CausalSelfAttention(GPTConfig(**SMALL)), torch.randn(3, 50, 24)
+    context = dict(mask=alibi_bias(alibi_slopes(3), torch.arange(50), 50)) if use_alibi else {}
+    seen = []
+    attention.attn_dropout.register_forward_hook(lambda module, x, output: seen.extend([*x, output]))
+    attention.attn_dropout.p = 0.25
+    y = attention(x, **context)
+    kept, dropped = seen                                            # (3, H, 50, 50) each
     is_zero = dropped == 0
     assert is_zero[kept > 0].float().mean().item() == pytest.approx(0.25, abs=0.02)
     torch.testing.assert_close(dropped, (kept / 0.75).masked_fill(is_zero, 0))
+    values = attention.c_attn(x)[:, :, 48:].view(3, 50, 3, 8)       # (3, 50, H, D)
+    attention.attn_dropout.p = 0.0
+    for weights, output in ((dropped, y), (kept, attention(x, **context))):
+        expected = torch.einsum('bhij,bjhd->bihd', weights, values)  # (3, 50, H, D)
+        torch.testing.assert_close(output, attention.c_proj(expected.flatten(2)))
 
 
 @pytest.mark.parametrize('use_alibi', [False, True])
@@ -413,6 +461,182 @@ def test_the_loss_in_chunks_is_the_whole_one(dtype):
     for name, gradient in gradients.items():
         torch.testing.assert_close(chunked_gradients[name], gradient,
                                    rtol=0, atol=tolerance * gradient.abs().max())
+
+
+# in nanoGPT's place: what people's code does to its model
+
+def noisy(model, idx):
+    """Whether two forward passes in train mode differ: whether anything is dropped."""
+    model.train()
+    return not torch.equal(all_logits(model, idx), all_logits(model, idx))
+
+
+DROPOUTS = ['transformer.drop'] + [f'transformer.h.{layer}.{part}' for layer in range(2)
+                                   for part in ('attn.attn_dropout', 'attn.resid_dropout', 'mlp.dropout')]
+
+
+@pytest.mark.parametrize('name', DROPOUTS)
+@pytest.mark.parametrize('positions', [{}, ALIBI])
+def test_each_dropout_takes_effect(name, positions):
+    """And is a torch.nn.Dropout, which a loop over the modules finds; p may be anything from 0 to 1."""
+    model, idx = small(**positions), random_ids(2, 16)
+    found = [key for key, module in model.named_modules() if isinstance(module, torch.nn.Dropout)]
+    assert found == DROPOUTS and not noisy(model, idx)
+    for p in (0.5, 1 - 1e-9, 1e-9, 0.0):
+        model.get_submodule(name).p = p
+        assert noisy(model, idx) == (p == 0.5), p
+    model.get_submodule(name).p = 1.0
+    assert all_logits(model, idx).isfinite().all()
+    parent, _, child = name.rpartition('.')
+    setattr(model.get_submodule(parent), child, torch.nn.Identity())  # as people take dropout away
+    assert not noisy(model, idx)
+
+
+def test_dropout_is_set_in_its_modules_and_not_in_the_config():
+    model, idx = small(), random_ids(2, 16)
+    model.config.dropout = 0.5
+    assert not noisy(model, idx)
+    for block in model.transformer.h:
+        block.attn.dropout = 0.5                                    # what nanoGPT's fused attention reads
+    assert noisy(model, idx) and model.transformer.h[0].attn.attn_dropout.p == 0.5
+
+
+@pytest.mark.parametrize('positions', [{}, ALIBI, ROPE])
+@pytest.mark.parametrize('dtype', [None, torch.bfloat16])
+def test_explicit_scores_equal_the_fused_ones(positions, dtype):
+    """A hook on attn_dropout then sees the weights: (B, H, T, T), rows that sum to 1, no later key."""
+    model, idx = small(**positions, std=0.1), random_ids(2, 16)
+    weights = []
+    with torch.autocast('cpu', dtype, enabled=dtype is not None):
+        fused, text = all_logits(model, idx), model.generate(idx[:, :3], 9, temperature=0)
+        for block in model.transformer.h:
+            assert block.attn.flash is True
+            block.attn.flash = False
+            block.attn.attn_dropout.register_forward_hook(lambda module, x, output: weights.append(output))
+        explicit = all_logits(model, idx)
+        shown = weights[:]
+        assert torch.equal(model.generate(idx[:, :3], 9, temperature=0), text) or dtype
+    torch.testing.assert_close(explicit, fused, rtol=0, atol=1e-5 if dtype is None else 0.05)
+    assert len(shown) == 2
+    for w in shown:
+        assert w.shape == (2, 3, 16, 16) and torch.equal(w, w.tril())
+        torch.testing.assert_close(w.float().sum(-1), torch.ones(2, 3, 16), rtol=0, atol=2e-2)
+
+
+class PlainBlock(Block):
+    """As somebody's own is: it takes x alone."""
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class PlainAttention(CausalSelfAttention):
+    def forward(self, x):
+        return super().forward(x)
+
+
+class PlainGPT(GPT):
+    def forward(self, idx, targets=None):
+        return super().forward(idx, targets)
+
+
+class IgnorantGPT(GPT):
+    """It accepts a cache and leaves it unused."""
+
+    def forward(self, idx, targets=None, **options):
+        return super().forward(idx, targets)
+
+
+def replace_blocks(model):
+    state = model.transformer.h.state_dict()
+    model.transformer.h = torch.nn.ModuleList(PlainBlock(model.config) for _ in model.transformer.h)
+    model.transformer.h.load_state_dict(state)
+
+
+def replace_attention(model):
+    for block in model.transformer.h:
+        state, block.attn = block.attn.state_dict(), PlainAttention(model.config)
+        block.attn.load_state_dict(state)
+
+
+def patch_attention(model):
+    def forward(self, x):
+        return type(self).forward(self, x)
+
+    for block in model.transformer.h:
+        block.attn.forward = types.MethodType(forward, block.attn)
+
+
+def subclass(model):
+    model.__class__ = PlainGPT
+
+
+def ignore(model):
+    model.__class__ = IgnorantGPT
+
+
+def wrap(model):
+    """A wrapper that passes on what it is given, as for a LoRA or FSDP."""
+    class Wrapper(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, *args, **kwargs):
+            return self.module(*args, **kwargs)
+
+    for i, block in enumerate(model.transformer.h):
+        model.transformer.h[i] = Wrapper(block)
+
+
+@pytest.mark.parametrize('change, is_cached', [
+    (replace_blocks, False), (replace_attention, False), (patch_attention, False), (subclass, False),
+    (ignore, False), (wrap, True)])
+@pytest.mark.parametrize('prompt', [3, 20])
+def test_parts_can_be_replaced(change, is_cached, prompt):
+    """They give the same loss, and generate the same text; without the cache if they take none."""
+    model, idx = small(), random_ids(2, 16)
+    loss, text = model(idx, idx)[1], model.generate(random_ids(2, prompt), 30, temperature=0)
+    change(model)
+    lengths = set()
+    model.transformer.wte.register_forward_hook(lambda module, inputs, output: lengths.add(inputs[0].size(1)))
+    assert torch.equal(model.eval().generate(random_ids(2, prompt), 30, temperature=0), text)
+    assert (1 in lengths) == (is_cached and prompt == 3)
+    assert model(idx, idx)[1] == loss
+    model.train()(idx, idx)[1].backward()
+
+
+def test_parts_work_alone():
+    """In somebody's own forward pass, one after another, with learned positions."""
+    model, idx = small(), random_ids(2, 16)
+    t = model.transformer
+    x = t.drop(t.wte(idx) + t.wpe(torch.arange(16)))
+    x = torch.nn.Sequential(*t.h)(x)
+    torch.testing.assert_close(model.lm_head(t.ln_f(x)), all_logits(model, idx))
+    assert isinstance(t.ln_f, LayerNorm) and LayerNorm(24, bias=False).bias is None
+    attention = t.h[0].attn
+    assert (attention.n_head, attention.n_embd, attention.dropout) == (3, 24, 0.0)
+
+
+def test_a_pre_hook_leaves_the_mask():
+    """It sees and returns x alone."""
+    model, idx = small(**ALIBI), random_ids(2, 16)
+    expected = all_logits(model, idx)
+    for block in model.transformer.h:
+        block.register_forward_pre_hook(lambda module, inputs: (inputs[0].clone(),))
+    torch.testing.assert_close(all_logits(model, idx), expected)
+
+
+def test_a_head_of_ones_own_is_used_for_the_loss():
+    """The loss in chunks knows nothing but a plain matrix."""
+    torch.manual_seed(0)
+    model, idx = GPT(GPTConfig(32, 50304, 1, 2, 8)), random_ids(22, 32, 50304)
+    model.lm_head = torch.nn.Linear(8, 50304, bias=True)
+    torch.nn.init.normal_(model.lm_head.bias)
+    _, expected = model(idx, idx)
+    _, loss = model(idx, idx, return_logits=False)
+    torch.testing.assert_close(loss, expected)
 
 
 # torch.export

@@ -1,7 +1,7 @@
 """Rotary positions against Llama's, under autocast, compiled; test_model.py has them against a naive loop."""
 import pytest
 import torch
-from test_model import all_logits, random_ids, small
+from small_models import all_logits, random_ids, small
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
