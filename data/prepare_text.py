@@ -20,7 +20,7 @@ sys.path.insert(0, str(DATA.parent))
 import numpy as np
 
 from checkpoint import atomic_write
-from configurator import UserError
+from configurator import UserError, print_user_errors
 from dataset import load_meta, token_type, tokenizer
 
 
@@ -84,6 +84,7 @@ def read_text(names: list[str]) -> str:
 
 
 if __name__ == '__main__':
+    print_user_errors()
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument('files', nargs='+', metavar='FILE', help="the text")
     parser.add_argument('--dataset', required=True, metavar='NAME', help="the folder in data/ to write to")

@@ -50,7 +50,11 @@ def run(folder, arguments, output):
     os.chdir(folder)
     sys.argv = arguments
     sys.path[0] = os.path.dirname(os.path.realpath(arguments[0]))
-    runpy.run_path(arguments[0], run_name='__main__')
+    try:
+        runpy.run_path(arguments[0], run_name='__main__')
+    except Exception:
+        sys.excepthook(*sys.exc_info())                             # multiprocessing would not call it
+        sys.exit(1)
 
 
 def serve():

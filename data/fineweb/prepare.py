@@ -25,7 +25,7 @@ from huggingface_hub import hf_hub_download
 from prepare_text import start_over
 
 from checkpoint import atomic_write
-from configurator import UserError
+from configurator import UserError, print_user_errors
 from dataset import token_type
 
 SOURCE = 'kjj0/fineweb10B-gpt2'
@@ -84,6 +84,7 @@ def append_shards(path: Path, shards: list[str], is_local: bool) -> None:
 
 
 if __name__ == '__main__':
+    print_user_errors()
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument('--shards', type=int, default=103, metavar='N', help="the first N train shards")
     parser.add_argument('--data_files', nargs='+', metavar='FILE', help="local files, or patterns")

@@ -24,7 +24,7 @@ import tiktoken
 from prepare_text import own_folder, start_over
 
 from checkpoint import atomic_write
-from configurator import UserError
+from configurator import UserError, print_user_errors
 from dataset import token_type, tokenizer
 
 SOURCE = 'Skylion007/openwebtext'
@@ -74,6 +74,7 @@ def write_split(documents: datasets.Dataset, path: Path, num_proc: int) -> None:
 
 
 if __name__ == '__main__':
+    print_user_errors()
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument('--num_proc', type=int, default=max(1, os.cpu_count() // 2), help="processes")
     parser.add_argument('--data_files', nargs='+', metavar='FILE', help="local files, or patterns")

@@ -13,5 +13,8 @@ sys.path[:0] = [str(here.parent), str(here.parents[1])]
 from prepare_text import write_splits
 from shakespeare_char.prepare import load_text
 
+from configurator import print_user_errors
+
 if __name__ == '__main__':
+    print_user_errors()
     write_splits(here, load_text(__doc__), meta=None)

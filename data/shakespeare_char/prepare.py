@@ -16,7 +16,7 @@ sys.path[:0] = [str(here.parent), str(here.parents[1])]
 from prepare_text import char_meta, write_splits
 
 from checkpoint import atomic_write
-from configurator import UserError
+from configurator import UserError, print_user_errors
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
@@ -44,5 +44,6 @@ def load_text(doc: str) -> str:
 
 
 if __name__ == '__main__':
+    print_user_errors()
     text = load_text(__doc__)
     write_splits(here, text, char_meta(text))
