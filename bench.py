@@ -3,7 +3,7 @@
     python bench.py                            GPT-2 (124M) on a GPU, a small model on a CPU
     python bench.py config/train_gpt2_alibi.py --batch_size=4
     python bench.py --use_alibi=True --optimizer=muon      a row for the two together
-    python bench.py --blocks=0 --profile=True              where the time of a step goes
+    python bench.py --blocks=0 --profile                   where the time of a step goes
 
 All settings of train.py are settings here, too: python train.py --help lists them. The table has a
 row for each switch of the model and one for Muon. If the settings ask for something else, that is
@@ -15,7 +15,6 @@ middle half in brackets.
 """
 import os
 import time
-from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -61,9 +60,10 @@ import torch
 
 import checkpoint
 import runtime
+import start
 import train
 from dataset import draw_batch, load_meta, load_split
-from model import GPT, GPTConfig
+from model import GPTConfig
 
 SMALL = 'config/train_shakespeare_char_cpu.py'
 SIZES = ('n_layer', 'n_head', 'n_embd', 'block_size', 'batch_size')
@@ -86,12 +86,12 @@ def alternate(kinds, blocks, steps, device=torch.device('cpu')):
     times = {name: [] for name in kinds}
     for block in range(blocks):
         for name, step in kinds.items():
-            start = time.perf_counter()
+            begin = time.perf_counter()
             for k in range(block * steps, (block + 1) * steps):
                 step(k)
             if device.type != 'cpu':
                 torch.accelerator.synchronize()
-            times[name].append((time.perf_counter() - start) / steps)
+            times[name].append((time.perf_counter() - begin) / steps)
     return times
 
 
@@ -119,8 +119,8 @@ def print_table(title, times, tokens):
 
 def choose_kinds(settings):
     """The settings that each kind of step has, by its name in the table."""
-    plain = {field.name: field.default for field in fields(GPTConfig)
-             if field.name in train.setting_names and field.name not in checkpoint.NANOGPT_ARGS}
+    plain = {name: getattr(GPTConfig, name) for name in start.MODEL_SETTINGS
+             if name not in checkpoint.NANOGPT_ARGS}
     switches = [name for name, default in plain.items() if default is False]
     plain['optimizer'] = 'adamw'
     kinds = {'learned positions': plain}
@@ -137,10 +137,8 @@ def make_step(job, **changes):
     """The model, and a function that makes update k and returns the loss. changes: settings."""
     machine = job.machine
     settings = SimpleNamespace(**vars(job.settings) | changes)
-    torch.manual_seed(0)
-    config = {field.name: getattr(settings, field.name) for field in fields(GPTConfig)
-              if hasattr(settings, field.name)}
-    raw_model = GPT(GPTConfig(**config)).to(machine.device)
+    raw_model = start.new_model(settings, {'vocab_size': settings.vocab_size})
+    raw_model.to(machine.device)
     model = torch.compile(raw_model) if machine.compile else raw_model
     vars(train).update({name: getattr(settings, name) for name in train.setting_names})
     opt, scaler = train.make_optimizer(raw_model, {}, machine)
@@ -181,7 +179,7 @@ def bench_training(job):
     n = steps or max(1, round(0.5 / min(seconds)))
     times = alternate(step_of, blocks, n, machine.device)
     print_table(f'{blocks} blocks x {n} steps', times, settings.batch_size * settings.block_size)
-    peak_flops = machine.peak_flops()
+    peak_flops = runtime.peak_flops(machine)
     if peak_flops:
         for name in times:
             mfu = models[name].estimate_mfu(settings.batch_size, np.median(times[name]), peak_flops)

@@ -2,9 +2,11 @@
 import math
 
 import torch
+import torch.distributed as dist
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim.adamw import adamw
 
-from runtime import has_bf16
+from runtime import Machine, has_bf16
 
 PORTION = 2**26  # numbers that are orthogonalized at once: all of GPT-2 XL's would take gigabytes
 POLAR_EXPRESS = ((8.2051, -22.9019, 16.4607), (4.0664, -2.8612, 0.5184), (3.9096, -2.8234, 0.5250),
@@ -103,3 +105,37 @@ def configure_muon(model, weight_decay, learning_rate, betas, muon_learning_rate
                  dict(muon, params=[p for name, p in matrices.items() if 'c_attn' not in name], stacked=1),
                  dict(adamw, params=[p for p in rest if p.dim() >= 2], weight_decay=weight_decay),
                  dict(adamw, params=[p for p in rest if p.dim() < 2], weight_decay=0.0)], steps)
+
+
+# ---- an optimizer's state, whole or in parts ----------------------------------------------------
+
+def shard(optimizer: torch.optim.Optimizer) -> ZeroRedundancyOptimizer:
+    """The optimizer with a part of its state in each process: ZeRO, stage 1 (Rajbhandari et al. 2020,
+    arXiv 1910.02054)."""
+    return ZeroRedundancyOptimizer(optimizer.param_groups, type(optimizer))
+
+
+def load_state(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """Take the moments from a saved state dict. Rates, betas and decays stay as they are."""
+    groups = []
+    for new, old in zip(optimizer.param_groups, saved['param_groups'], strict=True):
+        groups.append({**new, 'params': old['params']})
+    optimizer.load_state_dict({'state': saved['state'], 'param_groups': groups})
+    if isinstance(optimizer, ZeroRedundancyOptimizer):
+        optimizer.state.clear()  # PyTorch 2.13 keeps a second copy,
+        for p, state in optimizer.optim.state.items():  # and the step where fused AdamW is not
+            state.update({key: value.to(p.device) for key, value in state.items()})
+
+
+def whole_state(optimizer: torch.optim.Optimizer, machine: Machine) -> dict | None:
+    """The optimizer's state dict. If its parts are in several processes, the first one gets it."""
+    if not isinstance(optimizer, ZeroRedundancyOptimizer):
+        return optimizer.state_dict()
+    part = optimizer.optim.state_dict()
+    for i, state in part['state'].items():
+        part['state'][i] = {key: tensor.cpu() for key, tensor in state.items()}
+    parts = [None] * machine.world_size if machine.is_master else None
+    dist.gather_object(part, parts)
+    # PyTorch 2.13: consolidate_state_dict() would take minutes a gigabyte
+    optimizer._all_state_dicts = parts
+    return optimizer.state_dict() if machine.is_master else None

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from checkpoint import atomic_write, read_metrics
+from start import LAUNCH_SETTINGS
 
 KEYS = {'batch': 'loss', 'train': 'train_loss', 'val': 'val_loss'}  # what a record calls a curve
 STYLES = {
@@ -75,7 +76,6 @@ class Run(NamedTuple):
 
 def read_run(folder: str | Path) -> Run:
     """The run in a folder. Raises UserError if it is none."""
-    from train import LAUNCH_SETTINGS
     if not (Path(folder) / 'metrics.jsonl').exists():
         raise UserError(f"no metrics.jsonl in {folder}: give the folders of runs")
     config = Path(folder) / 'config.py'

@@ -40,7 +40,7 @@ import checkpoint
 import runtime
 from dataset import load_meta, load_split, tokenizer
 from eval import token_losses, whole_text_losses
-from train import LAUNCH_SETTINGS
+from start import LAUNCH_SETTINGS
 
 POSITION_TARGETS = 2**13       # of the loss by position
 

@@ -1,192 +1,200 @@
 """Train a GPT on a prepared data set, from scratch or from a checkpoint.
 
     python train.py config/train_shakespeare_char.py                      one GPU, or what there is
-    python train.py config/train_shakespeare_char_cpu.py --batch_size=32  any setting can be overridden
-    python train.py config/train_shakespeare_char.py --init_from=resume   continue the run in out_dir
+    python train.py config/train_shakespeare_char_cpu.py --batch_size=32  override any setting
+    python train.py out-shakespeare-char/config.py --init_from=resume     continue that run
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
     torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=IP --master_port=1234 train.py
 
-Writes to out_dir: last.pt (the newest state), ckpt.pt (the best, or with always_save_checkpoint the newest),
-config.py, metrics.jsonl (a line for each log and evaluation), loss.png. A new run moves old ones away.
+Writes to out_dir: last.pt (the newest state), ckpt.pt (the best, or with always_save_checkpoint the
+newest), config.py (the settings), metrics.jsonl (a line for each log and evaluation) and loss.png.
+A new run moves an earlier one in out_dir to out_dir/previous.
 """
 import math
 import os
+import platform
+import subprocess
 import time
 import warnings
-from contextlib import nullcontext
-from dataclasses import fields
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
-# ---------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # settings: those of GPT-2 (124M) on OpenWebText. Override them with config files and --key=value
 # input and output
-out_dir = 'out'                # where the run's files go
+out_dir = 'out'                # the folder of the run's files
 eval_interval = 2000           # evaluate, and save a checkpoint, every N iterations
 log_interval = 1               # print the loss every N iterations
 eval_iters = 200               # batches of each split in an evaluation
 eval_only = False              # evaluate once, then stop
-always_save_checkpoint = True  # ckpt.pt at every evaluation, not just when the val loss improved
-save_interval = 0              # save last.pt every N iterations as well; 0: at evaluations only
+always_save_checkpoint = True  # write ckpt.pt at every evaluation, not only at the best
+save_interval = 0              # save last.pt every N iterations too; 0: at evaluations only
 keep_checkpoints = 0           # keep the states of the last N evaluations, as iter-000500.pt
-init_from = 'scratch'          # or resume, auto (resume if there is a run), out/iter-000500.pt (a kept one);
-                               # or weights: gpt2, ..., gpt2-xl, the folder of a run, of a transformers GPT-2
+# where the run starts
+init_from = 'scratch'          # what a new run starts from: scratch; or the weights of gpt2, ...,
+                               # gpt2-xl, a run's folder, a checkpoint, or a transformers GPT-2's
+                               # folder. resume: continue the run in out_dir instead
+auto_resume = False            # continue the run in out_dir if there is one, else start a new one
+resume_from = ''               # go back to a checkpoint of out_dir, such as out/iter-000500.pt, or
+                               # branch off from another run's: optimizer and iteration included
 # wandb
 wandb_log = False              # log to Weights & Biases as well
-wandb_project = 'owt'          # under this project
-wandb_run_name = 'gpt2'        # and this name
+wandb_project = 'owt'          # the project there
+wandb_run_name = 'gpt2'        # the run's name there
 # data
 dataset = 'openwebtext'        # a folder of data/
-gradient_accumulation_steps = 5 * 8  # micro-batches of an iteration, in all processes together
+gradient_accumulation_steps = 5 * 8  # micro-batches of an iteration, over all processes together
 batch_size = 12                # sequences in a micro-batch
-sampling = 'random'            # windows of the text; or epochs: each token once, then again in a new order
+sampling = 'random'            # random: windows anywhere in the text. epochs: each window once,
+                               # then again in a new order
 block_size = 1024              # tokens in a sequence
 # model
 n_layer = 12                   # blocks
 n_head = 12                    # attention heads in a block
 n_embd = 768                   # channels; a multiple of n_head
 dropout = 0.0                  # 0 for pretraining, 0.1 and more for finetuning or little data
-bias = False                   # in LayerNorm and Linear layers
+bias = False                   # biases in LayerNorm and Linear layers
 use_alibi = False              # linear attention biases in place of position embeddings
 use_rope = False               # rotary position embeddings (Su et al. 2021) in place of learned ones
-init_std = 0.02                # of the weights at the start, as GPT-2; larger is better for few channels
+init_std = 0.02                # standard deviation of the initial weights; larger for few channels
 # optimizer
-optimizer = 'adamw'            # or 'muon': Muon for the matrices of the blocks, AdamW for the rest
-muon_learning_rate = 0.02      # Muon's peak; follows the schedule of learning_rate
-muon_momentum = 0.95           # decay of Muon's running mean of the gradient
-muon_beta2 = 0.95              # of the mean squares that divide its update's rows (NorMuon); 0: plain Muon
-muon_steps = 5                 # of Newton-Schulz, up to 5; fewer are faster and orthogonalize less
-learning_rate = 6e-4           # the peak
+optimizer = 'adamw'            # or muon: Muon for the blocks' matrices, AdamW for the rest
+learning_rate = 6e-4           # AdamW's peak rate
 max_iters = 600000             # updates in all
 weight_decay = 1e-1            # of matrices and embeddings
-beta1 = 0.9                    # decay of the gradient's running mean
-beta2 = 0.95                   # and of its square's
+beta1 = 0.9                    # AdamW: decay of the running mean of the gradient
+beta2 = 0.95                   # AdamW: decay of the running mean of the squared gradient
 grad_clip = 1.0                # clip the gradient's norm to this; 0: no clipping
+muon_learning_rate = 0.02      # Muon's peak rate; follows the schedule of learning_rate
+muon_momentum = 0.95           # Muon: decay of the running mean of the gradient
+muon_beta2 = 0.95              # Muon: decay of the mean squares of an update's rows (NorMuon); 0: off
+muon_steps = 5                 # Muon: Newton-Schulz steps, up to 5; fewer are faster, less exact
 # learning rate schedule
 decay_lr = True                # warm up and decay, or keep learning_rate throughout
-warmup_iters = 2000            # linear, from 0
-lr_decay_iters = 600000        # when min_lr is reached; change it with max_iters, as in Chinchilla
-min_lr = 6e-5                  # about learning_rate / 10, as in Chinchilla
+warmup_iters = 2000            # iterations of linear warm-up
+lr_decay_iters = 600000        # the iteration that reaches min_lr; about max_iters (Chinchilla)
+min_lr = 6e-5                  # about learning_rate / 10 (Chinchilla)
 # system
-seed = 1337                    # initial weights, batches and dropout follow from it
+seed = 1337                    # decides initial weights, batches and dropout
 backend = 'auto'               # of torch.distributed: nccl or gloo
 shard_optimizer = False        # keep a part of the optimizer's state in each process: less memory
-timeout = 1800                 # seconds that a process waits for the others, one of which may be saving
+timeout = 1800                 # seconds that processes wait for one that evaluates or saves
 device = 'auto'                # cpu, cuda, cuda:1, mps
 dtype = 'auto'                 # float32, bfloat16, or float16 with a gradient scaler
 compile = 'auto'               # torch.compile the model: True or False
-checkpoint_activations = False  # recompute activations in the backward pass: less memory, more time
-# ---------------------------------------------------------------------------------------------------------
+checkpoint_activations = False  # recompute activations in backward: less memory, more time
+# -------------------------------------------------------------------------------------------------
 from configurator import UserError, configure
 
 setting_names = configure(globals())
 
 import torch
-from torch.distributed.optim import ZeroRedundancyOptimizer
+from tqdm import tqdm
 
 import checkpoint
 import runtime
+import start
 from dataset import draw_batch, epoch_starts, fingerprint, load_meta, load_split
-from model import GPT, GPTConfig
-from optimizer import configure_muon
+from optimizer import configure_muon, load_state, shard, whole_state
 from runtime import derive_seed
-
-MODEL_SETTINGS = [field.name for field in fields(GPTConfig)         # which the weights decide
-                  if field.name in setting_names and field.name != 'dropout']
-LAUNCH_SETTINGS = (            # may differ between the processes and resumes of a run: they change no number
-    'init_from', 'out_dir', 'eval_only', 'log_interval', 'save_interval', 'keep_checkpoints', 'wandb_log',
-    'wandb_project', 'wandb_run_name', 'device', 'backend', 'timeout')
-IS_RESTART = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0  # of a torchrun, after a crash
+A100_FLOPS = 312e12  # in bfloat16: what nanoGPT's mfu is a share of, and ours where no peak is known
 
 
-# ---- where a run starts -------------------------------------------------------------------------------
-
-def claim(machine):
-    """A context in which out_dir belongs to this run: a RunFolder, or None where nothing is written."""
-    if eval_only or not machine.is_master:
-        return nullcontext()
-    goes_back = init_from.endswith('.pt') and Path(init_from).parent.resolve() == Path(out_dir).resolve()
-    is_new = not (goes_back or IS_RESTART or init_from in ('resume', 'auto'))
-    return checkpoint.RunFolder(out_dir, is_new)
-
-
-def load_start(meta, machine):
-    """The model that the run starts with, and the state that it resumes from, {} for a new run."""
-    names = ('last.pt', 'ckpt.pt')
-    found = machine.any(machine.is_master and any((Path(out_dir) / name).exists() for name in names))
-    goes_on = init_from == 'resume' or found and (init_from == 'auto' or IS_RESTART)
-    if init_from in ('scratch', 'auto') and not goes_on:
-        torch.manual_seed(derive_seed(seed, runtime.INIT))
-        vocab_size = meta['vocab_size'] if meta else 50304          # GPT-2's 50257, padded for speed
-        try:
-            config = GPTConfig(vocab_size=vocab_size, dropout=dropout,
-                               **{name: globals()[name] for name in MODEL_SETTINGS})
-        except ValueError as error:                                 # sizes that do not fit together
-            raise UserError(error) from None
-        return GPT(config, init_std), {}
-    source = checkpoint.find(out_dir, names) if goes_on else init_from
-    resumes = goes_on or init_from.endswith('.pt')
-    model, saved = checkpoint.load_model(source, meta, dropout=dropout)
-    path, before = saved['path'], saved['config'].get('optimizer', 'adamw')
-    if saved['meta'] != meta or meta and meta['vocab_size'] > model.config.vocab_size:
-        raise UserError(f"data/{dataset} has a different vocabulary from the training data of {path}")
-    if resumes and before != optimizer:
-        raise UserError(f"{path} was trained with optimizer={before}: resume with that, not {optimizer}, or "
-                        f"start a new run from its weights (--init_from={out_dir}, another --out_dir)")
-    if resumes:
-        changed = [f"{name} {old!r} -> {globals()[name]!r}" for name, old in saved['config'].items()
-                   if name in setting_names and old != globals()[name]
-                   and name not in (*MODEL_SETTINGS, *LAUNCH_SETTINGS)]
-        machine.print('\n    '.join([f"resuming from {path} at iteration {saved['iter_num']} of {max_iters}",
-                                     *changed]))
-        return model, saved
-    machine.print(f"starting from {path}, its weights alone")
-    if block_size < model.config.block_size or not model.config.has_wpe:
-        model.crop_block_size(block_size)                           # or extend it: train short, go on long
-    return model, {}
-
-
-def check_model(config, machine):
-    """Print the sizes that weights decide against the settings. Raises UserError for a switch they lack."""
-    for name in MODEL_SETTINGS:
-        ours, theirs = globals()[name], getattr(config, name)
-        if ours == theirs:
-            continue
-        if name not in checkpoint.NANOGPT_ARGS and ours != getattr(GPTConfig, name):
-            raise UserError(f"{name}={ours} does not fit weights that were trained without it")
-        machine.print(f"{name}: {theirs!r} as in the weights, not {ours!r}")
-
-
-def make_optimizer(model, saved, machine):
-    """The optimizer and float16's gradient scaler. A saved state gives the moments, the settings the rest."""
-    common = (weight_decay, learning_rate, (beta1, beta2))
-    if optimizer == 'muon':
-        opt = configure_muon(model, *common, muon_learning_rate, muon_momentum, muon_beta2, muon_steps)
-    else:
-        opt = model.configure_optimizers(*common, machine.device.type)
-    if shard_optimizer and machine.world_size > 1:                  # ZeRO, stage 1 (Rajbhandari et al. 2020)
-        opt = ZeroRedundancyOptimizer(opt.param_groups, type(opt))
-    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == 'float16')
-    if saved:
-        groups = [{**new, 'params': old['params']}
-                  for new, old in zip(opt.param_groups, saved['optimizer']['param_groups'], strict=True)]
-        opt.load_state_dict({'state': saved['optimizer']['state'], 'param_groups': groups})
-        if isinstance(opt, ZeroRedundancyOptimizer):                # PyTorch 2.13 keeps a second copy,
-            opt.state.clear()                                       # and the step where fused AdamW is not
-            for p, state in opt.optim.state.items():
-                state.update({key: value.to(p.device) for key, value in state.items()})
-        scaler.load_state_dict(saved.get('scaler') or scaler.state_dict())
-    return opt, scaler
-
-
-# ---- the work -----------------------------------------------------------------------------------------
+# ---- an update ----------------------------------------------------------------------------------
 
 def cosine_lr(step, peak, floor, warmup, total):
-    """The learning rate of an update: linear warm-up to peak, then a cosine down to floor at step `total`."""
+    """The learning rate of an update: linear warm-up to peak, then a cosine to floor at `total`."""
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
+
+def accumulate(model, scaler, machine, get_batch, n_batches, checkpoint_activations=False):
+    """Add up the gradient of an update over n_batches micro-batches, which the processes share.
+
+    get_batch(i): inputs and targets of micro-batch i, (B, T) int64 each. Returns the losses
+    (n_batches,) as a device tensor, without synchronizing; each process has filled in its own, and
+    machine.mean() gives their mean.
+    """
+    losses = torch.zeros(n_batches, device=machine.device)
+    share = n_batches / machine.world_size              # DDP averages the processes' gradients
+    for i in range(machine.rank, n_batches, machine.world_size):
+        is_last = i + machine.world_size >= n_batches   # exchange gradients once
+        with nullcontext() if is_last or machine.world_size == 1 else model.no_sync():
+            with machine.autocast():
+                _, loss = model(*get_batch(i), return_logits=False,
+                                checkpoint_activations=checkpoint_activations)
+            scaler.scale(loss / share).backward()
+        losses[i] = loss.detach()
+    return losses
+
+
+def update(params, optimizer, scaler, grad_clip):
+    """Update the params (a list) by their gradient. Returns its norm before clipping, on the device."""
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def make_optimizer(model, saved, machine):
+    """The optimizer and float16's gradient scaler; a state that the run resumes from fills them."""
+    common = (weight_decay, learning_rate, (beta1, beta2))
+    if optimizer == 'muon':
+        opt = configure_muon(model, *common, muon_learning_rate, muon_momentum, muon_beta2,
+                             muon_steps)
+    else:
+        opt = model.configure_optimizers(*common, machine.device.type)
+    if shard_optimizer and machine.world_size > 1:
+        opt = shard(opt)
+    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == 'float16')
+    if saved:
+        load_state(opt, saved['optimizer'])
+        scaler.load_state_dict(saved.get('scaler') or scaler.state_dict())
+    return opt, scaler
+
+
+def set_rates(opt, iter_num):
+    """Set the learning rates of update iter_num. Returns them for the log."""
+    lr = learning_rate
+    if decay_lr:
+        lr = cosine_lr(iter_num, learning_rate, min_lr, warmup_iters, lr_decay_iters)
+    for group in opt.param_groups:
+        group['lr'] = lr * group.get('lr_ratio', 1.0)  # Muon's rate follows AdamW's
+    if optimizer == 'muon':
+        return {'lr': lr, 'muon_lr': opt.param_groups[0]['lr']}
+    return {'lr': lr}
+
+
+def batch_functions(splits, config, machine):
+    """Two functions, which return inputs and targets on the device, (batch_size, T) int64 each.
+
+    get_batch(split, purpose, k): batch k for a purpose. get_micro_batch(k): micro-batch k of the
+    run, for which it also seeds dropout.
+    """
+    T = config.block_size
+
+    def get_batch(split, purpose, k):
+        starts = None
+        if sampling == 'epochs' and purpose == runtime.TRAIN_BATCH:
+            starts = epoch_starts(len(splits[split]), T, seed, k * batch_size, batch_size)
+        x, y = draw_batch(splits[split], batch_size, T, config.vocab_size,
+                          derive_seed(seed, purpose, k), starts)
+        return machine.to_device(x), machine.to_device(y)
+
+    def get_micro_batch(k):
+        if dropout > 0:
+            torch.manual_seed(derive_seed(seed, runtime.DROPOUT, k))
+        return get_batch('train', runtime.TRAIN_BATCH, k)
+
+    return get_batch, get_micro_batch
+
+
+# ---- evaluation and logging ---------------------------------------------------------------------
 
 @torch.no_grad()
 def evaluate(model, machine, get_batch, stop):
@@ -194,8 +202,10 @@ def evaluate(model, machine, get_batch, stop):
     model.eval()
     means = {}
     for split, purpose in (('train', runtime.EVAL_TRAIN), ('val', runtime.EVAL_VAL)):
-        losses = torch.zeros(eval_iters, device=machine.device)     # each process fills in its own
-        for k in range(machine.rank, eval_iters + machine.rank, machine.world_size):
+        losses = torch.zeros(eval_iters, device=machine.device)  # each process fills in its own
+        steps = range(machine.rank, eval_iters + machine.rank, machine.world_size)
+        hidden = None if machine.is_master else True             # None: shown in a terminal only
+        for k in tqdm(steps, f"evaluating {split}", leave=False, delay=1, disable=hidden):
             if machine.any(stop.received):
                 model.train()
                 return None
@@ -207,101 +217,81 @@ def evaluate(model, machine, get_batch, stop):
     return means
 
 
-def accumulate(model, scaler, machine, get_batch, n_batches, checkpoint_activations=False):
-    """Add up the gradient of an update over n_batches micro-batches, which the processes share.
-
-    get_batch(i): inputs and targets of micro-batch i, (B, T) int64 each. Returns the losses (n_batches,) as a
-    device tensor, without synchronizing; each process has filled in its own, machine.mean() gives their mean.
-    """
-    losses = torch.zeros(n_batches, device=machine.device)
-    share = n_batches / machine.world_size                          # DDP averages the processes' gradients
-    for i in range(machine.rank, n_batches, machine.world_size):
-        is_last = i + machine.world_size >= n_batches               # exchange gradients once
-        with nullcontext() if is_last or machine.world_size == 1 else model.no_sync():
-            with machine.autocast():
-                _, loss = model(*get_batch(i), return_logits=False,
-                                checkpoint_activations=checkpoint_activations)
-            scaler.scale(loss / share).backward()
-        losses[i] = loss.detach()
-    return losses
-
-
-def update(params, optimizer, scaler, grad_clip):
-    """Update the params (a list) by their gradient. Returns its norm before clipping, a device scalar."""
-    scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return norm
-
-
-def check_finite(where, last_saved, **values):
-    """Raise UserError unless all values are finite: every state is vouched for by such a check."""
-    if not all(math.isfinite(value) for value in values.values()):
-        listed = ', '.join(f"{name} {value:.4g}" for name, value in values.items())
-        last = f"last.pt, iteration {last_saved}, is good" if last_saved else "There is no checkpoint yet"
-        raise UserError(f"{where}: {listed}. {last}. Try a lower learning_rate, grad_clip=1.0, a longer "
-                        "warm-up, or dtype=float32")
-
-
-def is_evaluated(iter_num):
+def is_evaluation_due(iter_num):
     """Whether the run evaluates before update iter_num."""
     return iter_num % eval_interval == 0 or iter_num >= max_iters
 
 
-def print_plan(machine, config, n_params, splits):
-    """Print what will be trained on what."""
-    tokens, n = gradient_accumulation_steps * batch_size * config.block_size, len(splits['train'])
-    positions = 'ALiBi' if config.use_alibi else 'rotary' if config.use_rope else 'learned'
-    muon = f"muon at {muon_learning_rate}, " if optimizer == 'muon' else ''
-    machine.print(f"""\
-device:    {machine}
-data:      data/{dataset}, {n:,} train tokens, {len(splits['val']):,} val tokens
-model:     {n_params / 1e6:.2f}M parameters, {positions} positions, vocab_size {config.vocab_size}
-iteration: {tokens:,} tokens = {gradient_accumulation_steps} x {batch_size} x {config.block_size}
-run:       {max_iters:,} iterations = {max_iters * tokens / n:.2f} epochs, {muon}adamw at {learning_rate}
-first:     the loss of 2 x {eval_iters} batches{', and the model is compiled' if machine.compile else ''}""")
-    if gradient_accumulation_steps % machine.world_size:
-        machine.print(f"gradient_accumulation_steps={gradient_accumulation_steps} is not a multiple of the "
-                      f"{machine.world_size} processes: some will sit idle")
-    if decay_lr and lr_decay_iters < max_iters:
-        machine.print(f"from iteration {lr_decay_iters} on the learning rate is min_lr={min_lr:g}")
+def check_finite(where, last_saved, **values):
+    """Raise UserError unless all values are finite: every saved state has passed such a check."""
+    if all(math.isfinite(value) for value in values.values()):
+        return
+    listed = ', '.join(f"{name} {value:.4g}" for name, value in values.items())
+    last = f"last.pt, iteration {last_saved}, is good" if last_saved else "There is no checkpoint yet"
+    raise UserError(f"{where}: {listed}. {last}. Try a lower learning_rate, grad_clip=1.0, a longer "
+                    "warm-up, or dtype=float32")
 
 
-def log(record, machine, folder, wandb):
-    """Print a record, and add it to metrics.jsonl, loss.png and wandb. None of them may kill the run."""
-    if 'val_loss' in record:
-        line = ("step {iter}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, perplexity "
-                f"{math.exp(min(700, record['val_loss'])):.5g}, lr {{lr:.1e}}")
-    else:
-        seconds = round(record['ms'] / 1000 * (max_iters - record['iter'] - 1))
-        speed = "mfu {mfu:.2%}" if 'mfu' in record else "{tokens_per_s:,.0f} tok/s"
-        line = ("iter {iter}: loss {loss:.4f}, time {ms:.2f}ms, " + speed + ", norm {grad_norm:.2f}, "
-                f"eta {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}")
-    machine.print(line.format(**record))
+def clock(seconds):
+    """Seconds as hours:minutes:seconds."""
+    seconds = round(seconds)
+    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+
+
+class Stopwatch:
+    """The mean time of the iterations since start()."""
+
+    def start(self):
+        self.started = time.perf_counter()
+        self.n = 0
+
+    def seconds(self):
+        return (time.perf_counter() - self.started) / max(1, self.n)
+
+
+def seconds_left(iter_num, step_seconds, evaluation_seconds):
+    """How long the run goes on after update iter_num, with its evaluations and their saves."""
+    evaluations = math.ceil(max_iters / eval_interval) - iter_num // eval_interval
+    return (max_iters - iter_num - 1) * step_seconds + evaluations * evaluation_seconds
+
+
+@contextmanager
+def only_watching():
+    """What only watches a run must not kill it: a failure becomes a warning."""
     try:
-        if folder:
-            folder.log(record)
-        if folder and 'val_loss' in record:
-            from plot import plot_losses  # only here: matplotlib is slow to import
-            plot_losses([out_dir], Path(out_dir) / 'loss.png')
-        if wandb:
-            names = {'train_loss': 'train/loss', 'val_loss': 'val/loss', 'loss': 'train/batch_loss'}
-            wandb.log({names.get(key, key): value for key, value in record.items()})
+        yield
     except Exception as error:
         warnings.warn(f"not logged: {error!r}")
 
 
-def check_run(machine, *values):
-    """Raise UserError where the processes differ in their settings or the values, or these cannot work."""
-    settings = {name: globals()[name] for name in setting_names if name not in LAUNCH_SETTINGS}
-    if not machine.same([settings, *values]):
-        raise UserError("the processes differ in their settings, their data or their checkpoint: all "
-                        "machines need the same command, data/ and out_dir (a shared disk)")
-    if gradient_accumulation_steps < machine.world_size:
-        raise UserError(f"gradient_accumulation_steps={gradient_accumulation_steps} is too small for "
-                        f"{machine.world_size} processes: make it a multiple of their number")
+def format_record(record):
+    """The lines of the log for a record. They begin as nanoGPT's do."""
+    if 'val_loss' not in record:
+        line = "iter {iter}: loss {loss:.4f}, time {ms:.2f}ms, mfu {mfu:.2%}, norm {grad_norm:.2f}"
+        return f"{line.format(**record)}, eta {clock(record['seconds_left'])}"
+    rates = f"lr {record['lr']:.1e}"
+    if 'muon_lr' in record:
+        rates = f"adamw's lr {record['lr']:.1e}, muon's {record['muon_lr']:.1e}"
+    memory = f", {record['memory_gib']:.2f} GiB" if 'memory_gib' in record else ''
+    perplexity = math.exp(min(700, record['val_loss']))
+    line = "step {iter}: train loss {train_loss:.4f}, val loss {val_loss:.4f}".format(**record)
+    return (f"{line}\n    {time.strftime('%H:%M:%S')}, after {clock(record['elapsed'])}, "
+            f"perplexity {perplexity:.5g}, {rates}{memory}")
+
+
+def log(record, machine, folder, wandb):
+    """Print a record, and add it to metrics.jsonl, loss.png and wandb."""
+    machine.print(format_record(record))
+    if folder:
+        with only_watching():
+            folder.log(record)
+            if 'val_loss' in record:
+                from plot import plot_losses  # only here: matplotlib is slow to import
+                plot_losses([folder.path], folder.path / 'loss.png')
+    if wandb:
+        names = {'train_loss': 'train/loss', 'val_loss': 'val/loss', 'loss': 'train/batch_loss'}
+        with only_watching():
+            wandb.log({names.get(key, key): value for key, value in record.items()})
 
 
 def start_wandb(config, run_id):
@@ -312,99 +302,174 @@ def start_wandb(config, run_id):
     return wandb
 
 
+def software():
+    """What runs here: versions, the commit if there is one, the host, the time."""
+    command = ['git', '-C', str(Path(__file__).parent), 'describe', '--always', '--dirty']
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+        commit = f", commit {done.stdout.strip()}" if done.returncode == 0 else ''
+    except OSError:  # no git
+        commit = ''
+    return (f"Python {platform.python_version()}, PyTorch {torch.__version__}{commit}\n"
+            f"started:   {time.strftime('%Y-%m-%d %H:%M:%S')} on {platform.node()}")
+
+
+def print_plan(machine, config, n_params, splits):
+    """Print what will be trained on what."""
+    tokens = gradient_accumulation_steps * batch_size * config.block_size
+    n_train, n_val = len(splits['train']), len(splits['val'])
+    positions = 'learned'
+    if config.use_alibi:
+        positions = 'ALiBi'
+    elif config.use_rope:
+        positions = 'rotary'
+    rates = f"AdamW at {learning_rate:g}"
+    if optimizer == 'muon':
+        rates = f"Muon at {muon_learning_rate:g} for the blocks' matrices, {rates} for the rest"
+    peak = runtime.peak_flops(machine) or A100_FLOPS
+    whose = "this GPU's peak" if runtime.peak_flops(machine) else "an A100's peak, as in nanoGPT"
+    machine.print(f"""\
+software:  {software()}
+device:    {machine}
+data:      data/{dataset}, {n_train:,} train tokens, {n_val:,} val tokens
+model:     number of parameters: {n_params / 1e6:.2f}M, {positions} positions, \
+vocab_size {config.vocab_size}
+iteration: tokens per iteration will be: {tokens:,} = \
+{gradient_accumulation_steps} x {batch_size} x {config.block_size}
+run:       {max_iters:,} iterations = {max_iters * tokens / n_train:.2f} epochs
+optimizer: {rates}
+mfu:       the share of {peak / 1e12:.0f} TFLOP/s, {whose}""")
+    if gradient_accumulation_steps % machine.world_size:
+        machine.print(f"gradient_accumulation_steps={gradient_accumulation_steps} is not a multiple of "
+                      f"the {machine.world_size} processes: some will sit idle")
+    if decay_lr and min_lr > learning_rate:
+        machine.print(f"the learning rate rises, from {learning_rate:g} to min_lr={min_lr:g}: set "
+                      "min_lr as well")
+    elif decay_lr and lr_decay_iters < max_iters:
+        machine.print(f"from iteration {lr_decay_iters} on the learning rate is min_lr={min_lr:g}")
+
+
+def resume_command(folder):
+    """The command line that continues the run in the folder, launched as this one was."""
+    launcher = 'python'
+    if 'RANK' in os.environ:
+        launcher = 'torchrun ...'  # with the options of several machines, which are not known here
+        if os.environ.get('GROUP_WORLD_SIZE') == '1':
+            launcher = f"torchrun --standalone --nproc_per_node={os.environ['WORLD_SIZE']}"
+    return f"{launcher} train.py {folder.path}/config.py --init_from=resume"
+
+
+def print_end(machine, folder, iter_num, last_saved, best_val_loss, is_interrupted):
+    """Print how the run ended, and the command that goes on from there."""
+    if is_interrupted:
+        how = ": nothing saved"
+        if folder and last_saved > 0:
+            how = f"\n    {resume_command(folder)}"
+        machine.print(f"interrupted at iteration {iter_num}{how}")
+    elif folder:
+        machine.print(f"done: {iter_num} iterations, best val loss {best_val_loss:.4f}")
+        if last_saved > 0:
+            machine.print(f"    python sample.py --out_dir={folder.path}")
+
+
+# ---- training -----------------------------------------------------------------------------------
+
 def train():
     """Train as the settings say."""
-    for name, choices in (('optimizer', ('adamw', 'muon')), ('sampling', ('random', 'epochs'))):
-        if globals()[name] not in choices:
-            raise UserError(f"{name} must be {' or '.join(choices)}, got {globals()[name]!r}")
-    with (runtime.processes(device, dtype, compile, backend, timeout, is_large=n_embd >= 384) as machine,
-          claim(machine) as folder):
-        # model, data, optimizer
-        meta = load_meta(dataset)
-        load_split(dataset, 'train', 1, meta)                       # missing data are told before a download
-        raw_model, saved = load_start(meta, machine)
-        check_model(raw_model.config, machine)
-        T = raw_model.config.block_size
+    settings = SimpleNamespace(**{name: globals()[name] for name in setting_names})
+    for name in ('out_dir', 'init_from', 'resume_from'):
+        setattr(settings, name, os.path.expanduser(getattr(settings, name)))
+    machine = runtime.set_up(device, dtype, compile, is_large=n_embd >= 384)
+    start.check_settings(settings, machine.world_size)
+    meta = load_meta(dataset)
+    load_split(dataset, 'train', 1, meta)  # missing data are told before a download
+    with (start.begin(settings, machine) as (beginning, folder, raw_model, saved),
+          runtime.processes(machine, backend, timeout)):
+        # data, model and optimizer
+        T = raw_model.config.block_size  # which the weights decide
         splits = {split: load_split(dataset, split, T, meta) for split in ('train', 'val')}
-        data = {split: fingerprint(tokens) for split, tokens in splits.items()}
-        check_run(machine, data, saved.get('hash'))
+        data = {split: fingerprint(ids) for split, ids in splits.items()}
+        start.check_processes(settings, machine, beginning, saved, data)
         raw_model.train().to(machine.device)
         opt, scaler = make_optimizer(raw_model, saved, machine)
         params = list(raw_model.parameters())
-        model = torch.compile(raw_model) if machine.compile else raw_model  # evaluated as it is
-        ddp_model = machine.distribute(model)
+        model = torch.compile(raw_model) if machine.compile else raw_model
+        ddp_model = runtime.distribute(model, machine)
+        get_batch, get_micro_batch = batch_functions(splits, raw_model.config, machine)
         print_plan(machine, raw_model.config, raw_model.get_num_params(), splits)
 
         # where the run stands
         iter_num = first_iter = saved.get('iter_num', 0)
-        last_saved = iter_num if saved else None
-        best_val_loss = float(saved.get('best_val_loss', math.inf))
-        if saved and data != saved.get('data'):
-            machine.print(f"data/{dataset} has changed since the checkpoint, or that is nanoGPT's: the best "
-                          "val loss is reset")
-            best_val_loss = math.inf
-        config = {name: getattr(raw_model.config, name, globals()[name]) for name in setting_names}
-        config['init_from'] = saved['config'].get('init_from', 'scratch') if saved else init_from
-        wandb_id = saved.get('wandb_id') or os.urandom(4).hex()
+        last_saved = iter_num  # at 0 there is nothing to save
+        is_evaluated, best_val_loss = start.evaluation_so_far(beginning, saved, data, settings,
+                                                              machine)
+        if is_evaluated and iter_num >= max_iters and not eval_only:
+            machine.print(start.finished_message(settings, iter_num))
+            return
+        config = start.run_config(settings, raw_model.config, saved)
         if folder:
-            folder.start(config, iter_num, is_evaluated(iter_num), saved.get('path'))
-        del saved                                                   # and its memory
+            start.take_over(folder, beginning, config, iter_num, is_evaluated)
+        config |= runtime.choices(machine)
+        wandb_id = saved.get('wandb_id') or os.urandom(4).hex()
         wandb = start_wandb(config, wandb_id) if wandb_log and machine.is_master else None
+        tokens = gradient_accumulation_steps * batch_size * T
+        tokens_before = saved.get('tokens', iter_num * tokens)
+        started = time.perf_counter() - saved.get('elapsed', 0.0)
+        del saved  # and its memory
         stop = runtime.StopSignals()
 
-        def get_batch(split, purpose, k):
-            starts = None
-            if sampling == 'epochs' and purpose == runtime.TRAIN_BATCH:
-                starts = epoch_starts(len(splits[split]), T, seed, k * batch_size, batch_size)
-            x, y = draw_batch(splits[split], batch_size, T, raw_model.config.vocab_size,
-                              derive_seed(seed, purpose, k), starts)
-            return machine.to_device(x), machine.to_device(y)       # (batch_size, T) each
-
-        def get_micro_batch(i):
-            k = iter_num * gradient_accumulation_steps + i
-            if dropout > 0:
-                torch.manual_seed(derive_seed(seed, runtime.DROPOUT, k))
-            return get_batch('train', runtime.TRAIN_BATCH, k)
+        def totals():
+            return {'elapsed': time.perf_counter() - started,
+                    'tokens': tokens_before + (iter_num - first_iter) * tokens}
 
         def save(is_best=False, keep=0):
-            optimizer_state = machine.state_of(opt)
+            optimizer_state = whole_state(opt, machine)
             if folder:
                 folder.save(dict(
-                    model=raw_model.state_dict(), optimizer=optimizer_state, scaler=scaler.state_dict(),
-                    iter_num=iter_num, best_val_loss=best_val_loss, config=config, meta=meta, data=data,
-                    model_args=checkpoint.model_args(raw_model.config), wandb_id=wandb_id), is_best, keep)
-            machine.print(f"saved {out_dir}/last.pt" + (" and ckpt.pt" if is_best else ''))
+                    model=raw_model.state_dict(), optimizer=optimizer_state,
+                    scaler=scaler.state_dict(), iter_num=iter_num, evaluated=is_evaluated,
+                    best_val_loss=torch.tensor(best_val_loss, dtype=torch.float64), **totals(),
+                    model_args=checkpoint.model_args(raw_model.config), gelu=raw_model.config.gelu,
+                    config=config, meta=meta, data=data, wandb_id=wandb_id), is_best, keep)
+            machine.print(f"saved {settings.out_dir}/last.pt" + (" and ckpt.pt" if is_best else ''))
             return iter_num
 
-        peak_flops, tokens = machine.peak_flops(), gradient_accumulation_steps * batch_size * T
-        start_time, n_timed = time.perf_counter(), 0
+        peak_flops = runtime.peak_flops(machine) or A100_FLOPS
+        evaluation_seconds = 0.0
+        stopwatch = Stopwatch()
+        stopwatch.start()
         while True:
-            lr = cosine_lr(iter_num, learning_rate, min_lr, warmup_iters, lr_decay_iters) if decay_lr \
-                else learning_rate
-            for group in opt.param_groups:
-                group['lr'] = lr * group.get('lr_ratio', 1.0)       # Muon's rate follows AdamW's
+            rates = set_rates(opt, iter_num)
 
             # evaluate, and save what is worth it
-            if eval_only or is_evaluated(iter_num):
+            stopping = False
+            if eval_only or is_evaluation_due(iter_num) and not is_evaluated:
+                stopwatch.start()
                 means = evaluate(model, machine, get_batch, stop)
-                if means is not None:
+                stopping = means is None
+                is_evaluated = not stopping
+                if is_evaluated:
                     check_finite(f"step {iter_num}", last_saved, **means)
                     is_best = means['val_loss'] <= best_val_loss
                     best_val_loss = min(means['val_loss'], best_val_loss)
-                    log({'iter': iter_num, **means, 'lr': lr}, machine, folder, wandb)
+                    log({'iter': iter_num, **means, **rates, **totals(),
+                         **runtime.peak_memory(machine)}, machine, folder, wandb)
                     if iter_num > 0 and not eval_only:
                         last_saved = save(is_best or always_save_checkpoint, keep_checkpoints)
-                is_over = iter_num in (0, last_saved) if means is None else iter_num >= max_iters
-                if eval_only or is_over:
-                    break
-                start_time, n_timed = time.perf_counter(), 0
+                evaluation_seconds = stopwatch.seconds()
+                stopwatch.start()
+            is_done = eval_only or is_evaluated and iter_num >= max_iters
+            if is_done or stopping and iter_num == last_saved:
+                break
 
-            # the gradient; a finite loss shows that the last update was good, so that it may be saved
-            losses = accumulate(ddp_model, scaler, machine, get_micro_batch, gradient_accumulation_steps,
-                                checkpoint_activations)
+            # The gradient. Its loss shows that the last update was good: only a state whose next
+            # loss is finite may be saved, even where the run stops.
+            losses = accumulate(ddp_model, scaler, machine,
+                                lambda i: get_micro_batch(iter_num * gradient_accumulation_steps + i),
+                                gradient_accumulation_steps, checkpoint_activations)
             stopping = machine.any(stop.received)
-            is_due = stopping or save_interval > 0 and iter_num % save_interval == 0
-            if is_due and iter_num not in (0, last_saved):
+            is_save_due = stopping or save_interval > 0 and iter_num % save_interval == 0
+            if is_save_due and iter_num != last_saved:
                 check_finite(f"iteration {iter_num}", last_saved, loss=machine.mean(losses))
                 last_saved = save()
             if stopping:
@@ -412,30 +477,27 @@ def train():
 
             # the update; the device is synchronized only where its numbers are read
             norm = update(params, opt, scaler, grad_clip)
-            n_timed += 1
+            stopwatch.n += 1
             is_logged = iter_num % log_interval == 0
-            if is_logged or is_evaluated(iter_num + 1):
-                loss, norm = machine.mean(losses), norm.item()
+            if is_logged or is_evaluation_due(iter_num + 1):
+                loss = machine.mean(losses)
+                norm = norm.item()
                 # float16's gradients may overflow: its scaler then skips the step
-                values = dict(loss=loss) if machine.dtype == 'float16' else dict(loss=loss, norm=norm)
+                values = {'loss': loss} if machine.dtype == 'float16' else {'loss': loss, 'norm': norm}
                 check_finite(f"iteration {iter_num}", last_saved, **values)
             if is_logged:
-                dt = (time.perf_counter() - start_time) / n_timed
-                record = {'iter': iter_num, 'loss': loss, 'lr': lr, 'grad_norm': norm, 'ms': 1000 * dt,
-                          'tokens_per_s': tokens / dt}
-                if peak_flops:
-                    record['mfu'] = raw_model.estimate_mfu(tokens / T / machine.world_size, dt, peak_flops)
-                log(record, machine, folder, wandb)
-            if is_logged or iter_num == first_iter:                 # the first iteration compiles
-                start_time, n_timed = time.perf_counter(), 0
+                dt = stopwatch.seconds()
+                mfu = raw_model.estimate_mfu(tokens / T / machine.world_size, dt, peak_flops)
+                log({'iter': iter_num, 'loss': loss, **rates, 'grad_norm': norm, 'ms': 1000 * dt,
+                     'tokens_per_s': tokens / dt, 'mfu': mfu,
+                     'seconds_left': seconds_left(iter_num, dt, evaluation_seconds)},
+                    machine, folder, wandb)
+            if is_logged or iter_num == first_iter:  # the first iteration compiles
+                stopwatch.start()
             iter_num += 1
+            is_evaluated = False
 
-        if stop.received:
-            how = f"\n    python train.py {out_dir}/config.py --init_from=resume" if last_saved else ''
-            machine.print(f"interrupted at iteration {iter_num}{how or ': nothing saved'}")
-        elif not eval_only:
-            hint = f"\n    python sample.py --out_dir={out_dir}" if last_saved else ''
-            machine.print(f"done: {iter_num} iterations, best val loss {best_val_loss:.4f}{hint}")
+        print_end(machine, folder, iter_num, last_saved, best_val_loss, bool(stop.received))
 
 
 if __name__ == '__main__':

@@ -33,12 +33,12 @@ export PYTORCH_ALLOC_CONF=expandable_segments:True      # less of a GPU's memory
 
 # in the background: bash runs a trap when `wait` is interrupted, but not before a command has ended.
 # No kill on bad exit: a node that has stopped must not end the one that is still saving.
-# A job that was queued again resumes, whatever the config says of its start
+# A job that was queued again resumes; the first one starts as the config says
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=0 \
     torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="$SLURM_GPUS_ON_NODE" --max-restarts=3 \
     --rdzv-backend=c10d --rdzv-endpoint="$head:$port" --rdzv-id="$SLURM_JOB_ID" \
     --signals-to-handle=SIGTERM,SIGINT,SIGUSR1 \
-    train.py --init_from=auto "$@" ${SLURM_RESTART_COUNT:+--init_from=auto} &
+    train.py "$@" --auto_resume=True &
 srun=$!
 
 # srun passes SIGUSR1 on to all nodes; SIGTERM would make it kill them

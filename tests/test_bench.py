@@ -14,6 +14,7 @@ from conftest import REPO, VOCAB_SIZE, environment, run_script
 import bench
 import runtime
 import train
+from model import GPT
 
 SMALL = ['--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=2',
          '--blocks=2', '--steps=1']
@@ -76,7 +77,7 @@ def test_sizes_and_data(checkout, arguments, expected):
 @pytest.fixture
 def measured(monkeypatch):
     """What the steps compute, a list: positions, checkpointed activations, optimizer."""
-    seen, forward, update = [], bench.GPT.forward, bench.train.update
+    seen, forward, update = [], GPT.forward, bench.train.update
 
     def spy_forward(self, *args, checkpoint_activations=False, **options):
         config = self.config
@@ -87,7 +88,7 @@ def measured(monkeypatch):
         seen[-1] += (type(optimizer).__name__,)
         update(params, optimizer, *args)
 
-    monkeypatch.setattr(bench.GPT, 'forward', spy_forward)
+    monkeypatch.setattr(GPT, 'forward', spy_forward)
     monkeypatch.setattr(bench.train, 'update', spy_update)
     return seen
 

@@ -11,7 +11,7 @@ from test_model import SMALL, all_logits, random_ids, small
 
 import checkpoint
 from checkpoint import RunFolder, atomic_write, find, load, read_metrics
-from configurator import UserError
+from configurator import UserError, run_file
 from model import GPTConfig
 
 
@@ -19,14 +19,14 @@ def make_state(model, **more):
     """A checkpoint of the model, as train.py saves it; more: entries that replace or add to its own."""
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
     return dict(model=model.state_dict(), optimizer=optimizer.state_dict(), iter_num=7, best_val_loss=1.5,
-                model_args=checkpoint.model_args(model.config), config={'dataset': 'x'}, scaler={},
-                meta={'vocab_size': 23}) | more
+                model_args=checkpoint.model_args(model.config), gelu=model.config.gelu,
+                config={'dataset': 'x'}, scaler={}, meta={'vocab_size': 23}) | more
 
 
 def save(out_dir, iter_num=7, is_best=True, keep=0, **options):
     """Save a small model as a run that ends at once does; return the model."""
     model = small(**options)
-    with RunFolder(out_dir, is_new=False) as folder:
+    with RunFolder(out_dir) as folder:
         folder.save(make_state(model, iter_num=iter_num), is_best, keep)
     return model
 
@@ -134,7 +134,7 @@ def test_no_link_in_the_place_of_a_file_is_followed(tmp_path):
     (out_dir / '.lock').unlink(missing_ok=True)
     (out_dir / '.lock').symlink_to(victim)
     with pytest.raises(OSError):
-        RunFolder(out_dir, is_new=False)
+        RunFolder(out_dir)
     assert victim.read_text() == 'mine'
 
 
@@ -147,9 +147,24 @@ def test_last_and_best(tmp_path, monkeypatch):
     monkeypatch.setattr(os, 'link', Mock(side_effect=OSError))      # as on some file systems
     save(tmp_path, 4)
     assert saved(tmp_path) == [4, 4] and not last.samefile(best)
-    for iter_num in (500, 1000, 1500, 700):                         # it went back: 700 is new
+
+
+def test_kept_states_go_by_their_number(tmp_path):
+    """Not by their time, which a clock that was set back makes wrong; and no other file is touched."""
+    def kept():
+        return sorted(path.name for path in tmp_path.glob('iter-*'))
+
+    names = ['iter-000030-good.pt', 'iter-30.pt', 'iter-000040.pt.bak']
+    for name in names:
+        (tmp_path / name).write_text('mine')
+    for iter_num in (500, 1000, 1500):
         save(tmp_path, iter_num, is_best=False, keep=2)
-    assert sorted(path.name for path in tmp_path.glob('iter-*')) == ['iter-000700.pt', 'iter-001500.pt']
+        os.utime(tmp_path / f'iter-{iter_num:06d}.pt', (2000 - iter_num,) * 2)  # the oldest by its time
+    assert kept() == sorted([*names, 'iter-001000.pt', 'iter-001500.pt'])
+    save(tmp_path, 700, is_best=False, keep=2)                      # it went back
+    assert kept() == sorted([*names, 'iter-000700.pt', 'iter-001000.pt', 'iter-001500.pt'])
+    save(tmp_path, 800, is_best=False, keep=1)
+    assert kept() == sorted([*names, 'iter-000800.pt', 'iter-001000.pt', 'iter-001500.pt'])
 
 
 def read_files(folder):
@@ -165,25 +180,25 @@ def test_a_new_run_moves_an_earlier_one(tmp_path):
     (tmp_path / 'previous').mkdir()
     (tmp_path / 'previous-2').symlink_to(tmp_path / 'previous')
     (tmp_path / 'previous-3').symlink_to(tmp_path / 'nowhere')
-    with RunFolder(tmp_path, is_new=False):
+    with RunFolder(tmp_path):
         assert read_files(tmp_path) == run | {'notes.txt': 'mine'}
-    with RunFolder(tmp_path, is_new=True) as folder:
+    with RunFolder(tmp_path) as folder:
         assert read_files(tmp_path) == run | {'notes.txt': 'mine'}  # nothing moves before the run starts
-        folder.start({}, 0, evaluates=True, path=None)
-        assert read_files(tmp_path) == {'notes.txt': 'mine', 'config.py': '', 'metrics.jsonl': ''}
+        folder.clear()
+        assert read_files(tmp_path) == {'notes.txt': 'mine'}
     assert read_files(tmp_path / 'previous-4') == run and read_files(tmp_path / 'previous') == {}
 
 
 def test_a_folder_that_is_taken_away(tmp_path):
     """The run saves into a new one of its name, but not where another run is."""
     out_dir, state = tmp_path / 'out', make_state(small(), iter_num=2)
-    with RunFolder(out_dir, is_new=True) as folder:
+    with RunFolder(out_dir) as folder:
         for take_away in (shutil.rmtree, lambda path: path.rename(tmp_path / 'moved')):
             folder.save(state, is_best=True)
             assert saved(out_dir) == [2, 2]
             take_away(out_dir)
         save(out_dir, 50)
-        with RunFolder(out_dir, is_new=False), pytest.raises(UserError, match='another run writes to'):
+        with RunFolder(out_dir), pytest.raises(UserError, match='another run writes to'):
             folder.save(state, is_best=True)
         assert saved(out_dir) == [50, 50]
         folder.save(state, is_best=True)
@@ -191,21 +206,60 @@ def test_a_folder_that_is_taken_away(tmp_path):
     assert saved(out_dir / 'previous') == [50, 50]
 
 
-def test_resume(tmp_path):
-    """Records that are logged again are dropped; states that are not resumed from are kept."""
-    records = [{'iter': 9, 'loss': 2.5}, {'iter': 10, 'val_loss': 2.0}, {'iter': 10, 'loss': 2.1}]
-    for name in ('last', 'ckpt'):
-        (tmp_path / f'{name}.pt').write_text(name)
-    with RunFolder(tmp_path, is_new=False) as folder:
+def test_records_that_are_logged_again_are_dropped(tmp_path):
+    records = [{'iter': 9, 'loss': 2.5}, {'iter': 10, 'val_loss': 2.0}, {'iter': 10, 'loss': 2.1},
+               {'iter': 11, 'loss': 2.0}]
+    with RunFolder(tmp_path) as folder:
         for record in records:
             folder.log(record)
-        folder.start({'n_head': 2}, 10, evaluates=False, path=tmp_path / 'last.pt')
-        assert read_metrics(tmp_path) == records[:2] and not (tmp_path / 'last-before.pt').exists()
-        (tmp_path / 'iter-000010.pt').write_text('older')
+        folder.drop_records(10, is_evaluated=True)
+        assert read_metrics(tmp_path) == records[:2]
+        folder.drop_records(10, is_evaluated=False)
+        assert read_metrics(tmp_path) == records[:1]
+
+
+def test_states_that_are_not_resumed_from_are_kept(tmp_path):
+    """So are the records of metrics.jsonl. The same once more takes other names."""
+    for name in ('last.pt', 'ckpt.pt', 'metrics.jsonl'):
+        (tmp_path / name).write_text(name)
+    (tmp_path / 'iter-000010.pt').write_text('older')
+    with RunFolder(tmp_path) as folder:
         for _ in range(2):
-            folder.start({'n_head': 3}, 10, evaluates=True, path=tmp_path / 'iter-000010.pt')
+            folder.adopt(tmp_path / 'iter-000010.pt')
     assert read_files(tmp_path) == {
-        'metrics.jsonl': '{"iter": 9, "loss": 2.5}\n', 'config.py': 'n_head = 3\n',
-        'last.pt': 'older', 'ckpt.pt': 'ckpt', 'iter-000010.pt': 'older',
-        'last-before.pt': 'last', 'last-before-2.pt': 'older',
-        'ckpt-before.pt': 'ckpt', 'ckpt-before-2.pt': 'ckpt'}
+        'last.pt': 'older', 'ckpt.pt': 'ckpt.pt', 'iter-000010.pt': 'older',
+        'metrics.jsonl': 'metrics.jsonl',
+        'last-before.pt': 'last.pt', 'last-before-2.pt': 'older',
+        'ckpt-before.pt': 'ckpt.pt', 'ckpt-before-2.pt': 'ckpt.pt',
+        'metrics-before.jsonl': 'metrics.jsonl', 'metrics-before-2.jsonl': 'metrics.jsonl'}
+
+
+def test_config_py_means_the_folder_that_it_stands_in(tmp_path):
+    """Wherever the folder goes, and from whichever folder it is named."""
+    with RunFolder(tmp_path / 'out') as folder:
+        folder.write_config({'out_dir': 'out', 'wandb_run_name': 'Größe', 'n_head': 2})
+    (tmp_path / 'out').rename(tmp_path / 'out-good')
+    found = run_file(str(tmp_path / 'out-good/config.py'), {})
+    assert found == {'out_dir': str(tmp_path / 'out-good'), 'wandb_run_name': 'Größe', 'n_head': 2}
+
+
+def test_tied_weights_that_were_saved_once(tmp_path):
+    model, idx = save(tmp_path), random_ids(2, 16)
+    state = load_state(tmp_path)
+    del state['model']['lm_head.weight']
+    torch.save(state, tmp_path / 'once.pt')
+    loaded = checkpoint.build_model(load(tmp_path / 'once.pt')).eval()
+    assert torch.equal(all_logits(model, idx), all_logits(loaded, idx))
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+
+
+def test_gelu_stands_outside_of_what_nanogpt_reads(tmp_path):
+    """nanoGPT passes all model_args to its GPTConfig. A checkpoint of before has it inside, and loads."""
+    for gelu in ('erf', 'tanh'):
+        save(tmp_path, gelu=gelu)
+        state = load_state(tmp_path)
+        assert 'gelu' not in state['model_args'] and state['gelu'] == gelu
+        assert checkpoint.build_model(state).config.gelu == gelu
+    del state['gelu']
+    state['model_args']['gelu'] = 'tanh'
+    assert checkpoint.build_model(state).config.gelu == 'tanh'

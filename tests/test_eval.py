@@ -1,11 +1,13 @@
 """eval.py: loss, perplexity and bits per byte of a whole text."""
 import json
 import math
+import shutil
 
 import naive
 import pytest
 import torch
 from conftest import error_line, run_script, tiny
+from prepare_text import char_meta, write_splits
 
 import checkpoint
 
@@ -55,6 +57,23 @@ def test_without_a_tokenizer(run):
     del state['meta']['stoi'], state['meta']['itos']
     torch.save(state, run / 'ids.pt')
     assert 'bits_per_byte' not in evaluate(run, 'ids.pt', '--dataset=pydocs_char')
+
+
+def test_another_vocabulary_is_refused(run):
+    """Its ids would mean letters that the model has never seen: a loss that means nothing."""
+    text = 'abcdefg ' * 200
+    write_splits(run / 'data/other_char', text, char_meta(text))
+    line = error_line(run_script(run, 'eval.py', 'out-eval', '--dataset=other_char', status=1))
+    assert 'data/other_char has a different vocabulary from the training data of out-eval' in line
+
+
+def test_data_on_another_disk(run, tmp_path):
+    """data/NAME is a link there."""
+    shutil.copytree(run / 'data/pydocs_char', tmp_path / 'disk')
+    (run / 'data/linked').symlink_to(tmp_path / 'disk')
+    found = evaluate(run, 'out-eval', '--dataset=linked')
+    assert found['text'] == 'data/linked/val.bin'
+    assert found['loss'] == evaluate(run, 'out-eval')['loss']
 
 
 @pytest.mark.parametrize('args, words', [

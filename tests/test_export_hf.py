@@ -21,7 +21,7 @@ META = {'vocab_size': 23, 'stoi': {char: i for i, char in enumerate(CHARS)}, 'it
 def export(tmp_path, monkeypatch):
     """A function: export a model, and return the folder."""
     def run(model, meta=META):
-        with RunFolder(tmp_path / 'out', is_new=False) as folder:
+        with RunFolder(tmp_path / 'out') as folder:
             folder.save(make_state(model, meta=meta, config={'dataset': 'letters'}), is_best=True)
         monkeypatch.setattr(export_hf, 'out_dir', str(tmp_path / 'out'))
         monkeypatch.setattr(export_hf, 'hf_dir', str(tmp_path / 'hf'))

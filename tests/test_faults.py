@@ -29,6 +29,7 @@ from conftest import (
 from test_train import new_model
 
 import checkpoint
+import start as start_of_run
 import train
 from configurator import UserError
 
@@ -219,11 +220,11 @@ def test_two_runs_in_one_out_dir(checkout, run_train, tmp_path, monkeypatch):
     """The second is refused before it loads anything."""
     process = start(checkout, *tiny(max_iters=100000, out_dir=tmp_path / 'out'))
     read_until(process, 'saved')
-    for name in ('load_meta', 'load_start'):
-        monkeypatch.setattr(train, name, Mock(side_effect=AssertionError))
-    for init_from in ('scratch', 'resume', str(tmp_path / 'out/ckpt.pt')):
+    monkeypatch.setattr(start_of_run, 'load', Mock(side_effect=AssertionError))
+    for settings in ({}, dict(init_from='resume'), dict(auto_resume=True),
+                     dict(resume_from=str(tmp_path / 'out/ckpt.pt'))):
         with pytest.raises(UserError, match='another run writes to .*/out: choose another --out_dir'):
-            run_train(init_from=init_from)
+            run_train(**settings)
     process.kill()
     process.communicate()
     assert not (tmp_path / 'out/previous').exists()
@@ -240,7 +241,7 @@ def test_damaged_checkpoints_are_recognised(run_train, damage):
     (out_dir / 'last.pt').write_bytes(damage(content))
     with pytest.raises(UserError, match=r'/last\.pt is damaged or not a checkpoint'):
         run_train(init_from='resume')
-    run_train(init_from=str(out_dir / 'ckpt.pt'))
+    run_train(resume_from=str(out_dir / 'ckpt.pt'))
     assert load_state(out_dir)['iter_num'] == 20
 
 

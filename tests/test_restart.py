@@ -16,19 +16,6 @@ from dataset import draw_batch, load_split
 from runtime import EVAL_VAL, derive_seed
 
 
-def test_auto_starts_a_run_and_goes_on_with_it(run_train, capsys):
-    whole = run_train('whole')
-    run_train('parts', init_from='auto', max_iters=10)
-    assert 'resuming' not in capsys.readouterr().out
-    parts = run_train('parts', init_from='auto')
-    assert f'resuming from {parts}/last.pt at iteration 10' in capsys.readouterr().out
-    assert weights(whole) == weights(parts) and not (parts / 'previous').exists()
-    for settings, words in ((dict(optimizer='muon'), 'was trained with optimizer=adamw'),
-                            (dict(use_rope=True), "use_rope=True does not fit weights .* without it")):
-        with pytest.raises(UserError, match=words):
-            run_train('parts', init_from='auto', **settings)
-
-
 def test_the_same_scratch_command_three_times_deletes_nothing(run_train, monkeypatch):
     """Nor the metrics of a run that saved nothing."""
     out_dir = run_train(max_iters=10, seed=1)
@@ -39,17 +26,6 @@ def test_the_same_scratch_command_three_times_deletes_nothing(run_train, monkeyp
     assert [load_state(folder)['config']['seed'] for folder in (out_dir / 'previous', out_dir)] == [1, 3]
     assert {path.name for path in (out_dir / 'previous-2').iterdir()} == {
         'config.py', 'metrics.jsonl', 'loss.png'}
-
-
-def test_a_restart_by_torchrun_resumes(run_train, monkeypatch, capsys):
-    """Whatever init_from says, once something was saved."""
-    whole, parts = run_train('whole'), run_train('parts', max_iters=10)
-    monkeypatch.setattr(train, 'IS_RESTART', True)
-    run_train('parts')
-    assert 'resuming from' in capsys.readouterr().out and not (parts / 'previous').exists()
-    assert losses(whole) == losses(parts)
-    new = run_train('new', init_from=str(whole))
-    assert evaluations(new)[0]['val_loss'] == evaluations(whole)[-1]['val_loss']
 
 
 def test_save_interval(run_train, monkeypatch):
@@ -67,19 +43,21 @@ def test_save_interval(run_train, monkeypatch):
 def test_going_back_to_a_kept_state(run_train, monkeypatch):
     """From iter-000015.pt the run takes the same way again, in its folder or in another."""
     out_dir = run_train(keep_checkpoints=2, eval_interval=5, always_save_checkpoint=False)
+    kept = str(out_dir / 'iter-000015.pt')
     assert sorted(path.name for path in out_dir.glob('iter-*')) == ['iter-000015.pt', 'iter-000020.pt']
     first, records = weights(out_dir), losses(out_dir)
-    branch = run_train('branch', init_from=str(out_dir / 'iter-000015.pt'), eval_interval=5, block_size=16)
+    branch = run_train('branch', resume_from=kept, eval_interval=5, block_size=16)
     assert first == weights(branch) and [i for i, _, _ in losses(branch)] == [15, *range(15, 21)]
     assert not list(out_dir.glob('*-before.pt'))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, 'evaluate', Mock(side_effect=KeyboardInterrupt))
-        run_train(init_from=str(out_dir / 'iter-000015.pt'), eval_interval=5, max_iters=17)
+        run_train(resume_from=kept, eval_interval=5, max_iters=17)
     assert load_state(out_dir)['iter_num'] == 15                    # a resume goes on from there
     run_train(init_from='resume', eval_interval=5, max_iters=17)
     assert load_state(out_dir)['iter_num'] == 17
     for name in ('last-before.pt', 'ckpt-before.pt'):
         assert first == weights(out_dir, name)
+    assert len((out_dir / 'metrics-before.jsonl').read_text().splitlines()) == len(records)
     run_train(init_from='resume', eval_interval=5)
     assert first == weights(out_dir)
     assert [record for record in losses(out_dir) if record[0] != 17] == [r for r in records if r[0] != 17]
@@ -94,7 +72,7 @@ def test_a_folder_that_was_moved_is_made_again(run_train, monkeypatch, tmp_path)
 
     def replace():
         (tmp_path / 'new').rename(tmp_path / 'new-moved')
-        others.append(checkpoint.RunFolder(tmp_path / 'new', is_new=True))
+        others.append(checkpoint.RunFolder(tmp_path / 'new'))
 
     others = []
     at_batch(monkeypatch, 4 + 2 * 5, replace)
@@ -148,7 +126,7 @@ def test_other_data_starts_the_best_loss_again(run_train, checkout, capsys):
     out_dir = run_train(**options, max_iters=10)
     state = load_state(out_dir)
     state['best_val_loss'] = best = 0.001
-    checkpoint.RunFolder(out_dir, is_new=False).save(state, is_best=False)
+    checkpoint.RunFolder(out_dir).save(state, is_best=False)
     run_train(**options, max_iters=11, init_from='resume', eval_iters=3)
     assert 'has changed' not in capsys.readouterr().out and load_state(out_dir)['best_val_loss'] == best
     write_splits(checkout / 'data/changing', text + text[::-1], char_meta(text))

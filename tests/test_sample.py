@@ -88,12 +88,31 @@ def test_greedy_and_stop(checkout, trained):
 @pytest.mark.parametrize('option, words', [
     ('--start=naïve', ["'ï'", 'position 2', f'{VOCAB_SIZE} tokens']),
     ('--start=', ['start', 'at least one']),
+    ('--start=FILE:nothing.txt', ['FILE:nothing.txt', 'no such file']),
     ('--stop=ab', ['stop', '2']),
-    ('--out_dir=nowhere', ['nowhere', 'ckpt.pt']),
+    ('--init_from=nowhere', ['give one model, not', 'nowhere']),
+    ('be', ['give one model, not be and', 'quotes: --start=']),
 ])
 def test_a_mistake_gives_one_line(checkout, trained, option, words):
     line = error_line(run_script(checkout, 'sample.py', f'--out_dir={trained}', option, status=1))
     assert all(word in line for word in words), line
+
+
+def test_a_run_that_is_not_there_is_told_which_are(checkout, tmp_path):
+    for script in checkout.glob('*.py'):
+        shutil.copy(script, tmp_path)
+    assert error_line(run_script(tmp_path, 'sample.py', status=1)).endswith('in out: train a model first')
+    for name in ('out-a', 'out-b'):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'ckpt.pt').touch()
+    line = error_line(run_script(tmp_path, 'sample.py', '--out_dir=nowhere', status=1))
+    assert line == 'error: no ckpt.pt or last.pt in nowhere: the runs here are out-a, out-b'
+
+
+def test_config_py_names_the_run_that_it_stands_in(checkout, trained):
+    expected, found = (sample(checkout, name).partition('processes: 1\n')[2]
+                       for name in (trained, trained / 'config.py'))
+    assert found == expected != ''
 
 
 def test_ids_beyond_the_tokenizers_are_not_sampled(checkout, tmp_path):

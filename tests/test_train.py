@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 import types
-from contextlib import nullcontext
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -29,6 +29,7 @@ from prepare_text import char_meta, write_splits
 
 import model
 import runtime
+import start
 import train
 from configurator import UserError, configure
 from dataset import draw_batch, load_split
@@ -40,7 +41,8 @@ CPU = Machine(torch.device('cpu'), 'float32', compile=False)
 
 def new_model():
     """The model that a run from scratch with run_train's settings starts with."""
-    return train.load_start({'vocab_size': VOCAB_SIZE}, CPU)[0]
+    settings = SimpleNamespace(**{name: getattr(train, name) for name in train.setting_names})
+    return start.new_model(settings, {'vocab_size': VOCAB_SIZE})
 
 
 def test_cosine_lr():
@@ -75,9 +77,11 @@ def test_a_run_from_scratch(run_train, capsys):
     assert state['optimizer']['state'][0]['step'] == 20  # exactly max_iters updates
 
     output = capsys.readouterr().out
-    assert re.search(r'iter 10: loss \d[.]\d{4}, time [\d.]+ms, [\d,]+ tok/s, norm [\d.]+, eta 0:00:', output)
-    assert re.search(r'step 10: train loss [\d.]+, val loss [\d.]+, perplexity [\d.]+, lr 5.9e-03', output)
-    assert 'device:    cpu' in output and '256 tokens = 2 x 4 x 32' in output
+    assert re.search(r'iter 10: loss \d[.]\d{4}, time [\d.]+ms, mfu \d+[.]\d\d%, norm [\d.]+, eta 0:00:',
+                     output)
+    assert re.search(r'step 10: train loss [\d.]+, val loss [\d.]+\n    \d\d:\d\d:\d\d, after 0:00:\d\d, '
+                     r'perplexity [\d.]+, lr 5.9e-03\n', output)
+    assert 'device:    cpu' in output and '256 = 2 x 4 x 32' in output
 
 
 @pytest.mark.parametrize('grad_clip', [0.0, 1e-3])
@@ -97,15 +101,48 @@ def test_loss_and_gradient_are_means_over_micro_batches(run_train, grad_clip):
     torch.testing.assert_close(found, scale * gradient, rtol=1e-4, atol=1e-4 * scale)
 
 
-@pytest.mark.parametrize('speed', [dict(mfu=0.4567), {}])
-def test_a_line_of_the_log_fits_into_80_columns(monkeypatch, capsys, speed):
-    """In a run of GPT-2's length, with days to go."""
+def test_a_line_of_the_log_fits_into_80_columns(monkeypatch):
+    """In a run of GPT-2's length, with days to go. The eta counts evaluations and saves."""
     monkeypatch.setattr(train, 'max_iters', 600_000)
-    record = dict(iter=123456, loss=3.1416, ms=987.65, grad_norm=0.42, tokens_per_s=497659, **speed)
-    train.log(record, CPU, None, None)
-    line = capsys.readouterr().out.rstrip('\n')
-    assert line.startswith('iter 123456: loss 3.1416, time 987.65ms, ') and line.endswith(', eta 130:44:18')
-    assert len(line) <= 80
+    left = train.seconds_left(123456, 0.98765, evaluation_seconds=0)
+    assert train.seconds_left(123456, 0.98765, evaluation_seconds=60) == left + 60 * 239  # 124000 ... 600000
+    record = dict(iter=123456, loss=3.1416, ms=987.65, grad_norm=0.42, mfu=0.4567, seconds_left=left)
+    line = train.format_record(record)
+    assert line.startswith('iter 123456: loss 3.1416, time 987.65ms, mfu 45.67%, ')
+    assert line.endswith(', eta 130:44:18') and len(line) <= 80
+
+
+def test_nanogpts_readers_of_logs_read_ours(run_train, capsys):
+    """What follows 'val loss ' is a number up to the end of the line, and so on."""
+    run_train(max_iters=4, eval_interval=2)
+    lines = capsys.readouterr().out.splitlines()
+    steps = [line for line in lines if line.startswith('step ')]
+    assert all(float(line.split('val loss ')[1]) > 0 for line in steps) and len(steps) == 3
+    assert all(float(line.split('train loss ')[1].split(',')[0]) > 0 for line in steps)
+    pattern = r'iter (\d+): loss (\d\.\d{4}), time (\d+\.\d\d)ms, mfu (\d+\.\d\d)%(, .*)?'
+    updates = [re.fullmatch(pattern, line) for line in lines if line.startswith('iter ')]
+    assert [int(match[1]) for match in updates] == [0, 1, 2, 3]
+    assert any(re.search(r'number of parameters: 0\.03M', line) for line in lines)
+    assert any('tokens per iteration will be: 256' in line for line in lines)
+
+
+def test_what_a_checkpoint_says_of_its_run(run_train):
+    """Its best loss is a tensor, as in nanoGPT, and its config what was used, not 'auto'."""
+    state = load_state(run_train(max_iters=2, device='auto', dtype='auto', compile='auto', backend='auto'))
+    assert state['best_val_loss'].item() > 0
+    used = {name: state['config'][name] for name in ('device', 'dtype', 'compile', 'backend')}
+    assert used == dict(device='cpu', dtype='float32', compile=False, backend='gloo')
+    assert (state['tokens'], state['evaluated']) == (512, True) and state['elapsed'] > 0
+
+
+def test_elapsed_time_and_tokens_go_on_over_a_resume(run_train):
+    whole = evaluations(run_train('whole'))
+    out_dir = run_train('parts', max_iters=10)
+    run_train('parts', init_from='resume')
+    found = evaluations(out_dir)
+    assert [r['tokens'] for r in found] == [r['tokens'] for r in whole] == [0, 2560, 5120]
+    assert found[0]['elapsed'] < found[1]['elapsed'] < found[2]['elapsed']
+    assert found[2]['elapsed'] >= load_state(out_dir)['elapsed'] - 5
 
 
 # resume
@@ -159,14 +196,18 @@ def test_resume_takes_the_sizes_from_the_checkpoint_and_the_rest_from_the_settin
 
 
 def test_resume_keeps_the_evaluation_that_it_does_not_repeat(run_train, capsys):
-    """With max_iters below the checkpoint's iteration a run makes one evaluation and changes nothing."""
+    """With max_iters below the checkpoint's iteration a run says that it is finished and changes nothing."""
     out_dir = run_train(max_iters=10, eval_interval=4)
     run_train(init_from='resume', max_iters=12, eval_interval=4)
     assert [r['iter'] for r in evaluations(out_dir)] == [0, 4, 8, 10, 12]
-    before, records = weights(out_dir), losses(out_dir)
+    before = {path.name: path.read_bytes() for path in out_dir.iterdir()}
+    capsys.readouterr()
     run_train(init_from='resume', max_iters=7)
-    assert 'done: 12 iterations' in capsys.readouterr().out
-    assert weights(out_dir) == before and losses(out_dir) == records
+    output = capsys.readouterr().out
+    assert f'finished: {out_dir} is at iteration 12 of max_iters=7' in output
+    assert f'train.py {out_dir}/config.py --init_from=resume --max_iters=24 --lr_decay_iters=24' in output
+    assert 'val loss' not in output
+    assert {path.name: path.read_bytes() for path in out_dir.iterdir()} == before
 
 
 def test_another_vocabulary_is_refused(run_train, checkout):
@@ -267,7 +308,7 @@ def test_the_settings_are_nanogpts():
         init_std=0.02, optimizer='adamw', muon_learning_rate=0.02, muon_momentum=0.95, muon_beta2=0.95,
         muon_steps=5,
         save_interval=0, keep_checkpoints=0, timeout=1800, checkpoint_activations=False, use_rope=False,
-        shard_optimizer=False, sampling='random')
+        shard_optimizer=False, sampling='random', auto_resume=False, resume_from='')
     assert DEFAULTS == expected | ours, \
         "a new setting goes into `ours` here, with its default; nanoGPT's keep theirs"
 
@@ -330,7 +371,9 @@ def test_two_processes_equal_one(checkout, tmp_path, settings):
         assert ('some will sit idle' in output) == (n == 2 and bool(settings))
     assert_close_losses(tmp_path / '1', tmp_path / '2', 1e-4)
     one, two = (read_metrics(tmp_path / str(n)) for n in (1, 2))
-    assert one[0] == two[0] and one[1]['loss'] == two[1]['loss']    # one[0]: the evaluation at iteration 0
+    for name in ('train_loss', 'val_loss'):
+        assert one[0][name] == two[0][name]                         # of the evaluation at iteration 0
+    assert one[1]['loss'] == two[1]['loss']
     assert one[1]['grad_norm'] == pytest.approx(two[1]['grad_norm'], rel=1e-5)
     # the mean over processes is rounded in another order, which AdamW's first steps make visible
     a, b = (load_state(tmp_path / str(n))['model'] for n in (1, 2))
@@ -338,10 +381,8 @@ def test_two_processes_equal_one(checkout, tmp_path, settings):
 
 
 def test_each_process_needs_a_micro_batch(run_train, monkeypatch):
-    four = nullcontext(CPU._replace(world_size=4))
-    monkeypatch.setattr(runtime, 'processes', lambda *settings, **more: four)
-    for name in ('any', 'same'):
-        monkeypatch.setattr(Machine, name, lambda self, value: bool(value))
+    monkeypatch.setenv('RANK', '0')
+    monkeypatch.setenv('WORLD_SIZE', '4')
     with pytest.raises(UserError, match='gradient_accumulation_steps=3 .* 4 processes'):
         run_train(gradient_accumulation_steps=3)
 

@@ -7,7 +7,7 @@ import warnings
 from unittest.mock import Mock
 
 import pytest
-from conftest import environment, load_state, losses, read_metrics, run_script, tiny
+from conftest import environment, evaluations, load_state, losses, read_metrics, run_script, tiny
 
 import checkpoint
 
@@ -48,6 +48,17 @@ def test_a_run_without_matplotlib_and_transformers(checkout, tmp_path, error):
     output = run_script(checkout, 'train.py', *tiny(out_dir=out_dir), env={'PYTHONPATH': str(tmp_path)})
     assert 'not logged: ' in output
     assert load_state(out_dir)['iter_num'] == 20 and not list(out_dir.glob('loss.png*'))
+
+
+def test_one_that_fails_does_not_silence_the_others(run_train, monkeypatch):
+    """With a broken matplotlib the evaluations are in metrics.jsonl and in wandb."""
+    rows = []
+    wandb = types.SimpleNamespace(init=Mock(), define_metric=Mock(), log=rows.append)
+    monkeypatch.setitem(sys.modules, 'wandb', wandb)
+    monkeypatch.setitem(sys.modules, 'plot', None)
+    with pytest.warns(UserWarning, match='not logged: .*plot'):
+        out_dir = run_train(wandb_log=True, max_iters=10)
+    assert [row['val/loss'] for row in rows if 'val/loss' in row] == [r['val_loss'] for r in evaluations(out_dir)]
 
 
 @pytest.mark.parametrize('breaks', ['metrics', 'wandb'])
