@@ -52,7 +52,7 @@ def settings_of(path: Path) -> dict:
 
 
 globals().update(settings_of(Path(__file__).with_name('train.py')) | globals())
-setting_names = configure(globals())
+configure(globals())
 os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # PyTorch's profiler reports its own stages
 
 import numpy as np
@@ -72,7 +72,8 @@ SIZES = ('n_layer', 'n_head', 'n_embd', 'block_size', 'batch_size')
 class Job(NamedTuple):
     """What is measured."""
     machine: runtime.Machine
-    settings: SimpleNamespace   # train.py's and vocab_size
+    settings: SimpleNamespace   # train.py's
+    vocab_size: int
     data: np.ndarray            # token ids
 
 
@@ -119,7 +120,7 @@ def print_table(title, times, tokens):
 
 def choose_kinds(settings):
     """The settings that each kind of step has, by its name in the table."""
-    plain = {name: getattr(GPTConfig, name) for name in start.MODEL_SETTINGS
+    plain = {name: getattr(GPTConfig, name) for name in start.model_settings(settings)
              if name not in checkpoint.NANOGPT_ARGS}
     switches = [name for name, default in plain.items() if default is False]
     plain['optimizer'] = 'adamw'
@@ -137,16 +138,15 @@ def make_step(job, **changes):
     """The model, and a function that makes update k and returns the loss. changes: settings."""
     machine = job.machine
     settings = SimpleNamespace(**vars(job.settings) | changes)
-    raw_model = start.new_model(settings, {'vocab_size': settings.vocab_size})
+    raw_model = start.new_model(settings, {'vocab_size': job.vocab_size})
     raw_model.to(machine.device)
     model = torch.compile(raw_model) if machine.compile else raw_model
-    vars(train).update({name: getattr(settings, name) for name in train.setting_names})
+    vars(train).update(vars(settings))
     opt, scaler = train.make_optimizer(raw_model, {}, machine)
     params = list(raw_model.parameters())
 
     def step(k):
-        x, y = draw_batch(job.data, settings.batch_size, settings.block_size, settings.vocab_size,
-                          seed=k)
+        x, y = draw_batch(job.data, settings.batch_size, settings.block_size, job.vocab_size, k)
         batch = machine.to_device(x), machine.to_device(y)  # (B, T) each
         losses = train.accumulate(model, scaler, machine, lambda i: batch, 1,
                                   settings.checkpoint_activations)
@@ -209,7 +209,7 @@ def write_profile(job):
 
 def bench():
     """Measure what the settings ask for."""
-    settings = SimpleNamespace(**{name: globals()[name] for name in setting_names})
+    settings = SimpleNamespace(**{name: globals()[name] for name in train.setting_names})
     machine = runtime.set_up(settings.device, settings.dtype, settings.compile)
     print(f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}\n{machine}")
 
@@ -221,19 +221,18 @@ def bench():
     for name in ('dataset', *SIZES):
         setattr(settings, name, getattr(settings, name) or defaults[name])
     meta = load_meta(settings.dataset)
-    if not settings.vocab_size:
-        without_data = 65 if 'char' in settings.dataset else 50304
-        settings.vocab_size = meta['vocab_size'] if meta else without_data
-    print(*(f'{name}={getattr(settings, name)}' for name in (*SIZES, 'vocab_size')))
+    without_data = 65 if 'char' in settings.dataset else 50304
+    n_ids = vocab_size or (meta['vocab_size'] if meta else without_data)
+    print(*(f'{name}={getattr(settings, name)}' for name in SIZES), f'vocab_size={n_ids}')
 
     # tokens
     if real_data:
         data = load_split(settings.dataset, 'train', settings.block_size, meta)
         print(f'data/{settings.dataset}')
     else:
-        data = np.random.default_rng(0).integers(settings.vocab_size, size=2**20)
+        data = np.random.default_rng(0).integers(n_ids, size=2**20)
         print('random tokens')
-    job = Job(machine, settings, data)
+    job = Job(machine, settings, n_ids, data)
     if blocks:
         bench_training(job)
     if profile:

@@ -3,8 +3,8 @@
 Where model.py or train.py has changed so much that a page no longer applies, make the change by
 hand and put the new diff between the page's fences:
 
-    git diff -U1 model.py train.py | grep -v -e ^diff -e ^index
-    git checkout model.py train.py
+    git diff -U1 *.py | grep -v -e ^diff -e ^index
+    git checkout *.py
 """
 import json
 import os
@@ -98,6 +98,8 @@ def test_the_schedule(schedule, tmp_path):
     assert weights(one) == weights(two)
     run_script(schedule, 'train.py', *tiny(out_dir=other, min_lr=0.0))
     assert weights(other) != weights(one)
+    output = run_script(schedule, 'train.py', *tiny(lr_schedule='liner'), status=1)
+    assert "lr_schedule must be cosine or linear, got 'liner'" in error_line(output)
 
 
 @pytest.mark.slow
