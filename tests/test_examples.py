@@ -1,4 +1,4 @@
-"""examples/: the pages are patches that apply, and what they say happens.
+"""examples/: the pages are patches that apply, and what they say happens; docs/course.md's code.
 
 Where model.py or train.py has changed so much that a page no longer applies, make the change by
 hand and put the new diff between the page's fences:
@@ -8,6 +8,7 @@ hand and put the new diff between the page's fences:
 """
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -115,3 +116,20 @@ def test_the_sweep(checkout, tmp_path):
     assert rows == [[f'out-{rate}-*', rate, '2'] for rate in ('0.005', '0.025', '0.125')]
     assert len(list((tmp_path / 'repo').glob('out-*/last.pt'))) == 6
     assert (tmp_path / 'repo/rates.png').exists()
+
+
+def test_the_picture_of_attention_in_the_course(checkout, tmp_path):
+    """Its code runs, and draws weights: no character looks ahead, and each one's sum to 1."""
+    page = (REPO / 'docs/course.md').read_text(encoding='utf-8')
+    code, = re.findall(r'```python\n(.*?)```', page, flags=re.DOTALL)
+    run = tmp_path / 'run'
+    run_script(checkout, 'train.py', *tiny(out_dir=run, n_layer=3, n_head=4, max_iters=2))
+    code = code.replace('out-long', str(run)).replace('attention.png', f'{tmp_path}/a.png')
+    code += """
+weights = seen[0][0]
+print(weights.shape == (4, len(text), len(text)), weights.triu(1).abs().max().item() == 0)
+print(torch.allclose(weights.sum(-1), torch.ones(())))
+"""
+    output = run_script(checkout, '-c', code, env={'MPLBACKEND': 'agg'})
+    assert output.split() == ['True', 'True', 'True']
+    assert (tmp_path / 'a.png').read_bytes().startswith(b'\x89PNG')
