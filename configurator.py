@@ -10,6 +10,8 @@ and os, time, math, torch and np.
 A script written for nanoGPT runs exec(open('configurator.py').read()) instead, which works as
 there: see configure_as_nanogpt().
 """
+SCRIPT = {**globals()}  # where a script exec's this file: the names that it has defined
+
 import ast
 import difflib
 import os
@@ -294,12 +296,25 @@ def help_entry(option: str, comment: str) -> str:
 
 # ---- as nanoGPT's ----------------------------------------------------------------------------
 
-def configure_as_nanogpt(script: dict, arguments: list[str]) -> None:
+def configure_as_nanogpt(script: dict, before: dict, arguments: list[str]) -> None:
     """Override the globals of a script that runs exec(open('configurator.py').read()).
 
     Every value in script is a setting, of any type. A config file needs no .py, runs in script
-    itself, and may set and define whatever it likes. Raises UserError.
+    itself, and may set and define whatever it likes. A mistake is a UserError, or one line where
+    the script is the program. before: what script held before this file's own names came into it.
     """
+    script.clear()
+    script.update(before)
+    try:
+        override(script, arguments)
+    except UserError as error:
+        if script.get('__name__') != '__main__':
+            raise
+        sys.exit(f"error: {error}")
+
+
+def override(script: dict, arguments: list[str]) -> None:
+    """configure_as_nanogpt(), but a mistake is always a UserError."""
     for argument in arguments:
         if argument in HELP:
             print_help(script, script)
@@ -313,10 +328,7 @@ def configure_as_nanogpt(script: dict, arguments: list[str]) -> None:
 
 
 if Path(globals().get('__file__', '')).name != 'configurator.py':   # it is exec'd, not imported
-    globals().update({**locals(), **globals()})                     # they differ in a function
-    try:
-        configure_as_nanogpt(globals(), sys.argv[1:])
-    except UserError as error:
-        if __name__ != '__main__':
-            raise
-        sys.exit(f"error: {error}")
+    # run it again with names of its own: nanoGPT's scripts have a setting `compile`, say
+    own = {'__name__': 'configurator', '__file__': 'configurator.py'}
+    exec(sys._getframe().f_code, own)
+    own['configure_as_nanogpt'](globals(), SCRIPT, sys.argv[1:])

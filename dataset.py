@@ -1,15 +1,17 @@
-"""A prepared data set: the folder data/<name>/ with train.bin, val.bin and perhaps meta.pkl, as in nanoGPT.
+"""A prepared data set: the folder data/<name>/ with train.bin, val.bin and perhaps meta.pkl.
 
-The .bin files hold little-endian token ids and nothing else: uint16, or uint32 for a vocab_size above 65,536.
-meta.pkl is a pickled dict: vocab_size, and to read and write text stoi (token -> id) and itos (id -> token).
-A folder without it holds GPT-2 BPE tokens.
+The files are nanoGPT's. A .bin file holds little-endian token ids and nothing else: uint16, or
+uint32 for a vocab_size above 65,536. meta.pkl is a pickled dict: vocab_size, and to read and
+write text stoi (token -> id) and itos (id -> token). A folder without it holds GPT-2's tokens.
 """
 import hashlib
+import os
 import pickle
 import re
 from collections.abc import Callable
 from functools import lru_cache, partial
 from importlib import import_module
+from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +20,7 @@ import torch
 
 from configurator import UserError
 
-# ---- tokens -------------------------------------------------------------------------------------------
+# ---- tokens ----------------------------------------------------------------------------------
 
 def token_type(meta: dict | None) -> np.dtype:
     """The type of the ids in a data set with this meta."""
@@ -26,20 +28,55 @@ def token_type(meta: dict | None) -> np.dtype:
 
 
 def load_split(dataset: str, split: str, block_size: int, meta: dict | None) -> np.memmap:
-    """The token ids of a split, (N,), mapped from its file. Raises UserError for an unusable one."""
-    path, dtype = Path('data') / dataset / f'{split}.bin', token_type(meta)
+    """The token ids of a split, (N,), mapped from its file. Raises UserError if it is unusable."""
+    path = Path('data') / dataset / f'{split}.bin'
+    dtype = token_type(meta)
+    if not Path('data').is_dir():
+        raise UserError("no data/ here: run it from the repository's root")
     if not path.exists():
-        script = path.with_name('prepare.py')
-        how = script if script.exists() else f"data/prepare_text.py FILE --dataset={dataset}"
-        raise UserError(f"no {path}: run python {how} in the repository's root first")
+        raise UserError(f"no {path}: {how_to_prepare(dataset)}")
     n_ids = path.stat().st_size / dtype.itemsize
     if n_ids % 1 or n_ids < block_size + 1:
-        raise UserError(f"{path} has {n_ids:g} ids of {8 * dtype.itemsize} bits, but block_size={block_size} "
-                        f"needs {block_size + 1}: it is truncated, or block_size too large for it")
+        raise UserError(f"{path} has {n_ids:g} ids of {8 * dtype.itemsize} bits, but block_size="
+                        f"{block_size} needs {block_size + 1}: it is truncated, or block_size too "
+                        "large for it")
     data = np.memmap(path, dtype=dtype, mode='r')
-    if dtype.itemsize == 2 and not data[1:2000:2].any() and data[:2000:2].any():
-        raise UserError(f"{path} holds 32-bit ids, but its vocabulary fits into 16 bits: write it as uint16")
+    data.filename = path.absolute()                                 # numpy follows links to the end
+    if looks_like_32_bits(data) and (meta is None or not data[::2].all()):
+        raise UserError(f"{path} holds 32-bit ids, but its vocabulary fits into 16 bits: write it "
+                        "as uint16")
     return data
+
+
+def how_to_prepare(dataset: str) -> str:
+    """What to do where the files of a data set are missing."""
+    script = Path('data') / dataset / 'prepare.py'
+    if not script.exists():
+        script = f"data/prepare_text.py FILE --dataset={dataset}"
+    hint = f"run python {script} first"
+    if dataset == 'openwebtext':                                    # train.py's default
+        hint += ", or did you forget a config? e.g. config/train_shakespeare_char_fast.py"
+    return hint
+
+
+def looks_like_32_bits(data: np.memmap) -> bool:
+    """Whether every second one of the 16-bit ids is 0, as in a file of 32-bit ids."""
+    if data.itemsize != 2 or data[1:2000:2].any():
+        return False
+    return not data[1::2].any() and bool(data[::2].any())
+
+
+def doubts(data: np.memmap, meta: dict | None) -> list[str]:
+    """What about a split may be right but is probably not: a line for each, to be printed."""
+    found = []
+    path = os.path.relpath(data.filename)
+    if looks_like_32_bits(data):
+        found.append(f"every second id in {path} is 0: if it is no text with one character a line, "
+                     "these are 32-bit ids, which must be written as uint16")
+    if meta is None and data[:2**20].max() < 256:
+        found.append(f"all ids in {path} are below 256, but without a meta.pkl they stand for some "
+                     "of GPT-2's 50,257 tokens: if they are characters, prepare the data again")
+    return found
 
 
 def fingerprint(data: np.ndarray) -> dict:
@@ -51,14 +88,15 @@ def fingerprint(data: np.ndarray) -> dict:
 
 @lru_cache(maxsize=2)
 def epoch_order(n_tokens: int, block_size: int, n: int, seed: int, epoch: int) -> np.ndarray:
-    """Where the n windows of an epoch start: side by side from a random offset, in a random order."""
+    """Where the n windows of an epoch start: side by side from a random offset, shuffled."""
     rng = np.random.default_rng([seed, epoch])
     offset = rng.integers(min(block_size, n_tokens - n * block_size))
     return offset + block_size * rng.permutation(n)
 
 
-def epoch_starts(n_tokens: int, block_size: int, seed: int, first: int, batch_size: int) -> list[int]:
-    """The starts of windows first, first + 1, ... of a run that reads each token once in an epoch."""
+def epoch_starts(n_tokens: int, block_size: int, seed: int, first: int,
+                 batch_size: int) -> list[int]:
+    """The starts of windows first, first + 1, ... if each token is read once in an epoch."""
     n = max(1, n_tokens // block_size - 1)
     windows = range(first, first + batch_size)
     return [epoch_order(n_tokens, block_size, n, seed, i // n)[i % n] for i in windows]
@@ -66,10 +104,10 @@ def epoch_starts(n_tokens: int, block_size: int, seed: int, first: int, batch_si
 
 def draw_batch(data: np.memmap, batch_size: int, block_size: int, vocab_size: int, seed: int,
                starts: list[int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets of batch_size windows: two (batch_size, block_size) int64 tensors on the CPU.
+    """Inputs and targets of batch_size windows: two (batch_size, block_size) int64 CPU tensors.
 
-    starts: by default random ones, which depend on the seed alone. Raises UserError for an id that the model
-    has no embedding for.
+    starts: by default random ones, which depend on the seed alone. Raises UserError for an id
+    that the model has no embedding for.
     """
     if starts is None:
         starts = np.random.default_rng(seed).integers(len(data) - block_size, size=batch_size)
@@ -77,29 +115,31 @@ def draw_batch(data: np.memmap, batch_size: int, block_size: int, vocab_size: in
     windows = data[starts[:, None] + np.arange(block_size + 1)]     # (batch_size, block_size + 1)
     if windows.max() >= vocab_size:
         row, column = np.argwhere(windows >= vocab_size)[0]
-        raise UserError(f"{data.filename}: token {windows[row, column]} at offset {starts[row] + column}, "
-                        f"but the model's vocab_size is {vocab_size}")
+        offset = starts[row] + column
+        raise UserError(f"{data.filename}: token {windows[row, column]} at offset {offset}, but "
+                        f"the model's vocab_size is {vocab_size}")
     windows = torch.from_numpy(windows.astype(np.int64))
     return windows[:, :-1], windows[:, 1:]
 
 
-# ---- text ---------------------------------------------------------------------------------------------
+# ---- text ------------------------------------------------------------------------------------
 
 class PlainUnpickler(pickle.Unpickler):
-    """Reads plain values, numpy's scalars and OrderedDict. Anything else could run code and is refused."""
+    """Reads plain values, numpy's scalars and OrderedDict. All else could run code: refused."""
     ALLOWED = ('collections.OrderedDict', 'numpy.dtype', 'numpy.core.multiarray.scalar',
                'numpy._core.multiarray.scalar')
 
     def find_class(self, module, name):
         if f'{module}.{name}' not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which could run code")
+            raise pickle.UnpicklingError(f"it holds a {module}.{name}, which could run code")
         return getattr(import_module(module), name)
 
 
 def load_meta(dataset: str) -> dict | None:
-    """vocab_size, stoi and itos of a data set, or vocab_size alone; None without a meta.pkl (GPT-2 BPE).
+    """vocab_size, stoi and itos of a data set, or vocab_size alone; None without a meta.pkl.
 
-    In the file itos may be a list, and either of stoi and itos is enough. Raises UserError for a bad file.
+    No meta.pkl means GPT-2's BPE. In the file itos may be a list, and either of stoi and itos is
+    enough. Raises UserError for a bad file.
     """
     path = Path('data') / dataset / 'meta.pkl'
     if not path.exists():
@@ -107,18 +147,47 @@ def load_meta(dataset: str) -> dict | None:
     try:
         with open(path, 'rb') as file:
             meta = PlainUnpickler(file).load()
-        stoi, itos = meta.get('stoi'), meta.get('itos')
-        if not stoi and not itos:
-            return {'vocab_size': int(meta['vocab_size'])}
-        itos = dict(enumerate(itos)) if isinstance(itos, list) else itos or {i: s for s, i in stoi.items()}
-        stoi = {s: int(i) for s, i in (stoi or {s: i for i, s in itos.items()}).items()}
-        itos = {int(i): s for i, s in itos.items()}
-        vocab_size = int(meta.get('vocab_size', max(itos) + 1))
-        if max(itos) >= vocab_size or any(itos.get(stoi.get(s, i)) != s for i, s in itos.items()):
-            raise ValueError("stoi, itos and vocab_size contradict each other")
-        return {'vocab_size': vocab_size, 'stoi': stoi, 'itos': itos}
-    except Exception as error:                                      # damaged pickles raise almost anything
-        raise UserError(f"{path} is not a vocabulary ({str(error):.200}): run prepare.py again") from error
+        return complete_meta(meta)
+    except Exception as error:                                      # damaged files raise almost any
+        how = "it must be a pickled dict with vocab_size, or with stoi and itos"
+        if path.with_name('prepare.py').exists():
+            how = f"run python {path.with_name('prepare.py')} again"
+        raise UserError(f"{path} is not a vocabulary ({str(error):.200}): {how}") from error
+
+
+def complete_meta(meta: dict) -> dict:
+    """A meta with ints as ids, and both stoi and itos if it has either. Raises ValueError."""
+    if not isinstance(meta, dict):
+        raise ValueError(f"it holds a {type(meta).__name__}, not a dict")
+    stoi = meta.get('stoi')
+    itos = meta.get('itos')
+    if not stoi and not itos:
+        if 'vocab_size' not in meta:
+            raise ValueError("it has neither vocab_size nor stoi nor itos")
+        return {'vocab_size': whole('vocab_size', meta['vocab_size'])}
+    if isinstance(itos, list):
+        itos = dict(enumerate(itos))
+    for name, table in (('stoi', stoi), ('itos', itos)):
+        if table is not None and not isinstance(table, dict):
+            raise ValueError(f"{name} is a {type(table).__name__}, not a dict")
+    itos = itos or {i: token for token, i in stoi.items()}
+    stoi = stoi or {token: i for i, token in itos.items()}
+    stoi = {token: whole(f'stoi[{token!r}]', i) for token, i in stoi.items()}
+    itos = {whole('a key of itos', i): token for i, token in itos.items()}
+    vocab_size = whole('vocab_size', meta.get('vocab_size', max(itos) + 1))
+    if max(itos) >= vocab_size:
+        raise ValueError(f"itos has the id {max(itos)}, but vocab_size is {vocab_size}")
+    for i, token in itos.items():
+        if itos.get(stoi.get(token, i)) != token:
+            raise ValueError(f"itos[{i}] is {token!r}, but stoi[{token!r}] is {stoi[token]}")
+    return {'vocab_size': vocab_size, 'stoi': stoi, 'itos': itos}
+
+
+def whole(name: str, value: object) -> int:
+    """The value as an int. Raises ValueError for anything but a whole number."""
+    if not isinstance(value, Real) or value != int(value):
+        raise ValueError(f"{name} is {value!r}, not a whole number")
+    return int(value)
 
 
 class Tokenizer(NamedTuple):
@@ -126,39 +195,71 @@ class Tokenizer(NamedTuple):
     encode: Callable[[str], list[int]]
     decode_bytes: Callable[[list[int]], bytes]  # UTF-8
     vocab_size: int                             # ids from here on have no text
+    has_text: bool = True                       # False: ids are written as numbers, no text is read
 
 
 def tokenizer(meta: dict | None) -> Tokenizer:
-    """The tokenizer of a data set with this meta; None stands for GPT-2's BPE. encode may raise UserError.
+    """The tokenizer of a data set with this meta; None stands for GPT-2's BPE."""
+    return gpt2_tokenizer() if meta is None else meta_tokenizer(meta)
 
-    A text is cut by longest match. Without stoi and itos, none can be read, and ids are written as numbers.
+
+def gpt2_tokenizer() -> Tokenizer:
+    """GPT-2's BPE, which reads "<|endoftext|>" as one token. Raises UserError without its files."""
+    import tiktoken  # only here: it is slow to import, and character-level data doesn't need it
+    try:
+        bpe = tiktoken.get_encoding('gpt2')
+    except Exception as error:                                      # requests' errors are many
+        raise UserError("GPT-2's vocabulary could not be loaded "
+                        f"({type(error).__name__}): go online once for tiktoken, or set "
+                        "TIKTOKEN_CACHE_DIR to where it is") from error
+    encode = partial(bpe.encode, allowed_special={'<|endoftext|>'})
+    return Tokenizer(encode, bpe.decode_bytes, bpe.n_vocab)
+
+
+def meta_tokenizer(meta: dict) -> Tokenizer:
+    """The tokenizer of a meta.pkl: a text is cut by longest match. encode() may raise UserError.
+
+    Without stoi and itos, or where their tokens are no text, ids are written as numbers.
     """
-    if meta is None:
-        import tiktoken  # only here: it is slow to import, and character-level data doesn't need it
-        try:
-            bpe = tiktoken.get_encoding('gpt2')
-        except Exception as error:                                  # requests' errors are many
-            raise UserError(f"GPT-2's vocabulary could not be loaded ({type(error).__name__}): go online "
-                            "once for tiktoken, or set TIKTOKEN_CACHE_DIR to where it is") from error
-        encode = partial(bpe.encode, allowed_special={'<|endoftext|>'})
-        return Tokenizer(encode, bpe.decode_bytes, bpe.n_vocab)
-    stoi, itos = meta.get('stoi', {}), meta.get('itos', {})
-    is_bytes = any(isinstance(s, bytes) for s in stoi)
-    stoi = {s.decode('latin-1') if is_bytes else s: i for s, i in stoi.items()}  # a character for each byte
+    stoi = meta.get('stoi', {})
+    itos = meta.get('itos', {})
+    if not all(isinstance(token, (str, bytes)) for token in stoi):
+        stoi = {}
+    n_ids = max(itos) + 1 if itos else meta['vocab_size']
+    if not stoi:
+        return Tokenizer(refuse_text, write_numbers, n_ids, has_text=False)
+    is_bytes = any(isinstance(token, bytes) for token in stoi)
+    if is_bytes:                                                    # a character for each byte
+        stoi = {token.decode('latin-1'): i for token, i in stoi.items()}
     longest_first = sorted(stoi, key=len, reverse=True)
     pattern = re.compile('|'.join([*map(re.escape, longest_first), '.']), re.DOTALL)
 
     def encode(text):
-        text = text.encode().decode('latin-1') if is_bytes else text
-        pieces = pattern.findall(text) if longest_first and len(longest_first[0]) > 1 else text
+        if is_bytes:
+            text = text.encode().decode('latin-1')
+        pieces = text
+        if len(longest_first[0]) > 1:
+            pieces = pattern.findall(text)
         for piece in set(pieces) - stoi.keys():
-            raise UserError(f"character {piece!r} at position {text.index(piece)} is not in the vocabulary "
-                            f"of {len(stoi)} tokens, {''.join(stoi)!r:.100}" if stoi else "meta.pkl has no "
-                            "stoi, so there is no tokenizer: give token ids, as --start=IDS:1,2,3")
+            raise UserError(f"character {piece!r} at position {text.index(piece)} is not in the "
+                            f"vocabulary of {len(stoi)} tokens, {''.join(stoi)!r:.100}")
         return [stoi[piece] for piece in pieces]
 
     def decode_bytes(ids):
-        tokens = [itos.get(i, '\ufffd' if itos else f'{i} ') for i in ids]
-        return b''.join(s if isinstance(s, bytes) else s.encode() for s in tokens)
+        tokens = [itos.get(i, '\ufffd') for i in ids]
+        return b''.join(token if isinstance(token, bytes) else token.encode() for token in tokens)
 
-    return Tokenizer(encode, decode_bytes, max(itos) + 1 if itos else meta['vocab_size'])
+    return Tokenizer(encode, decode_bytes, n_ids)
+
+
+def refuse_text(text: str) -> list[int]:
+    """The encode() of a meta without text."""
+    if text:
+        raise UserError("meta.pkl has no stoi with text, so there is no tokenizer: give token ids, "
+                        "as --start=IDS:1,2,3")
+    return []
+
+
+def write_numbers(ids: list[int]) -> bytes:
+    """The decode_bytes() of a meta without text."""
+    return b''.join(b'%d ' % i for i in ids)

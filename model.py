@@ -101,6 +101,43 @@ def alibi_bias(slopes: Tensor, i: Tensor, S: int) -> Tensor:
     return torch.addcmul(causal_mask(i, S), -slopes, distance)  # (1, H, T, S)
 
 
+def alibi_channels(slopes: Tensor, i: Tensor, D: int) -> tuple[Tensor, Tensor]:
+    """ALiBi without a mask: 8 more channels for queries and for keys, (1, H, T, 8) float32 each.
+
+    Their product, which plain causal attention adds to the scores, is -slope * (i - j), exact even
+    in 16 bits. For slope * sqrt(D) = a + b, where sqrt(D) undoes the scale of the scores, and
+    i = hi + lo with lo < 256:
+
+        (a, a, b, b, -hi, -lo, -hi, -lo) of i times (hi, lo, hi, lo, a, a, b, b) of j
+        = (a + b) * j - i * (a + b)
+
+    Each number has at most 8 significant bits (i < 65,536), so bfloat16 holds it; products of two
+    are exact in float32, where attention adds them up. Only the slope is rounded, to 16 bits.
+    FlashBias (Wu et al. 2025, arXiv 2505.12044) decomposes ALiBi without the terms in i, which
+    softmax would ignore; here they keep near keys' scores small, and so accurate.
+    """
+    H = slopes.size(0)
+    T = i.size(0)
+    whole = slopes * math.sqrt(D)                               # (H,)
+    a = whole.bfloat16().float()
+    b = (whole - a).bfloat16().float()
+    lo = i % 256                                                # (T,)
+    hi = i - lo
+    of_position = torch.stack((hi, lo, hi, lo), dim=1).float()  # (T, 4)
+    of_head = torch.stack((a, a, b, b), dim=1)                  # (H, 4)
+    of_position = of_position.expand(1, H, T, 4)
+    of_head = of_head[:, None].expand(1, H, T, 4)
+    return torch.cat((of_head, -of_position), dim=3), torch.cat((of_position, of_head), dim=3)
+
+
+def takes_channels(device: torch.device, dtype: torch.dtype, T: int) -> bool:
+    """Whether ALiBi is better as channels than as a mask: in 16 bits on a GPU.
+
+    There a mask rules out flash attention. In float32 no kernel is ruled out, and a mask is exact.
+    """
+    return device.type == 'cuda' and dtype != torch.float32 and T <= 2**16
+
+
 def rotary_angles(i: Tensor, D: int, base: float = 10000.0) -> tuple[Tensor, Tensor]:
     """What rotate() takes for tokens at positions i (T,): cosines, signed sines, (T, D) float32.
 
@@ -166,6 +203,35 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(ndim, bias=bias)
 
 
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
+                    channels: tuple | None, p: float) -> Tensor:
+    """PyTorch's kernels for softmax(q k^T / sqrt(D) + mask) v, causal without a mask.
+
+    q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D). p: dropout. The arguments as in
+    CausalSelfAttention.forward().
+    """
+    D = q.size(3)
+    if channels is not None:
+        B = q.size(0)
+        of_q, of_k = (x.to(q.dtype).expand(B, -1, -1, -1) for x in channels)  # (B, H, T, 8) each
+        q = torch.cat((of_q, q), dim=3)                             # (B, H, T, D + 8)
+        k = torch.cat((of_k, k), dim=3)
+        v = F.pad(v, (0, of_q.size(3)))                             # flash attention wants one width
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, scale=D**-0.5,
+                                       is_causal=mask is None)
+    return y[..., :D]
+
+
+def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
+                       dropout: nn.Module) -> Tensor:
+    """The same, with the attention weights (B, H, T, S) as a tensor that goes through dropout."""
+    T = q.size(2)
+    if mask is None:
+        mask = causal_mask(torch.arange(T, device=q.device), T).to(q.dtype)
+    scores = q / math.sqrt(q.size(3)) @ k.mT + mask                 # (B, H, T, S)
+    return dropout(scores.softmax(dim=-1)) @ v
+
+
 class CausalSelfAttention(nn.Module):
     """Attention of each token to itself and to those before it.
 
@@ -182,12 +248,13 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = Dropout(config.dropout)
         self.flash = True
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, angles: tuple | None = None,
-                cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, channels: tuple | None = None,
+                angles: tuple | None = None, cache: LayerCache | None = None) -> Tensor:
         """x (B, T, C) -> (B, T, C).
 
         mask: is added to the scores, (..., T, S); without one attention is causal.
-        angles: what rotate() takes. cache: gives the keys and values of the tokens before x.
+        channels: alibi_channels() in place of a mask. angles: what rotate() takes.
+        cache: gives the keys and values of the tokens before x.
         """
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)                    # (B, T, C) each
@@ -197,16 +264,13 @@ class CausalSelfAttention(nn.Module):
             k = rotate(k, *angles)
         if cache is not None:
             k, v = cache.extend(k, v)                               # (B, H, S, D) each
-        p = self.dropout if self.training else 0.0
-        if self.flash and not is_slow_with_dropout(q, p):
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p,
-                                               is_causal=mask is None)
+        if not self.flash:
+            y = explicit_attention(q, k, v, mask, self.attn_dropout)
+        elif is_faster_explicitly(q, k):
+            y = blockwise_attention(q, k, v, mask, self.attn_dropout)
         else:
-            if mask is None:
-                mask = causal_mask(torch.arange(T, device=x.device), T).to(q.dtype)
-            scores = q @ k.mT / math.sqrt(q.size(3)) + mask         # (B, H, T, S)
-            weights = self.attn_dropout(scores.softmax(dim=-1))
-            y = weights @ v                                         # (B, H, T, D)
+            p = self.dropout if self.training else 0.0
+            y = fused_attention(q, k, v, mask, channels, p)         # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)                      # heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
@@ -323,6 +387,8 @@ class GPT(nn.Module):
         T = idx.size(1)
         S = T
         i = torch.arange(T, device=idx.device)
+        dtype = compute_dtype(self.transformer.wte.weight)
+        context = {}
         mask = None
         if cache is not None:
             S = cache.capacity
@@ -331,14 +397,15 @@ class GPT(nn.Module):
             mask = causal_mask(i, S)                                # (T, S)
         if self.config.has_wpe and S > self.config.block_size:
             raise ValueError(f"{S} tokens, but only block_size={self.config.block_size} positions")
-        if self.config.use_alibi:
+        D = self.config.n_embd // self.config.n_head
+        if self.config.use_alibi and cache is None and takes_channels(idx.device, dtype, T):
+            context['channels'] = alibi_channels(self.slopes, i, D)
+        elif self.config.use_alibi:
             mask = alibi_bias(self.slopes, i, S)                    # (1, H, T, S)
-        context = {}
-        if mask is not None:
-            context['mask'] = mask.to(compute_dtype(self.transformer.wte.weight))
         if self.config.use_rope:
-            D = self.config.n_embd // self.config.n_head
             context['angles'] = rotary_angles(i, D)                 # (T, D) each
+        if mask is not None:
+            context['mask'] = mask.to(dtype)
         return i, context
 
     def head_loss(self, x: Tensor, targets: Tensor) -> Tensor:
@@ -567,6 +634,27 @@ class Dropout(nn.Dropout):
         return x * (bits >= drawn - 2**15) * (2**16 / (2**16 - drawn))
 
 
-def is_slow_with_dropout(q: Tensor, p: float) -> bool:
-    """Whether explicit scores are faster than PyTorch's fused attention: on a CPU with dropout."""
-    return p > 0 and q.device.type == 'cpu' and not torch.compiler.is_compiling()
+def is_faster_explicitly(q: Tensor, k: Tensor) -> bool:
+    """Whether blockwise_attention() is faster than PyTorch's kernel, for q (B, H, T, D), k (B, H, S, D).
+
+    On a CPU it is, as long as its weights take little memory: the kernel does not use the units
+    for products in 16 bits, and has no dropout.
+    """
+    is_small = q.size(2) > 1 and q.size(0) * q.size(1) * q.size(2) * k.size(2) <= 2**26
+    return q.device.type == 'cpu' and is_small and not torch.compiler.is_compiling()
+
+
+def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
+                        dropout: nn.Module) -> Tensor:
+    """explicit_attention(), a block of queries at a time: each leaves out the keys that follow it."""
+    T, S = q.size(2), k.size(2)
+    if mask is None:
+        mask = causal_mask(torch.arange(T), T).to(q.dtype)          # (T, S)
+    if S != T:                                                      # a cache: any query sees any key
+        return explicit_attention(q, k, v, mask, dropout)
+    blocks = []
+    for first in range(0, T, 256):
+        end = min(first + 256, T)
+        blocks.append(explicit_attention(q[:, :, first:end], k[:, :, :end], v[:, :, :end],
+                                         mask[..., first:end, :end], dropout))
+    return torch.cat(blocks, dim=2)

@@ -147,7 +147,7 @@ def evaluation_so_far(start: Start, saved: dict, data: dict, settings: SimpleNam
                       machine: Machine) -> tuple[bool, float]:
     """Whether the evaluation of the state was made, and the best val loss so far.
 
-    A branch evaluates again, for its own metrics.jsonl, and so does a run whose data has changed.
+    It is made again where metrics.jsonl lacks it, as in a branch, and where the data has changed.
     """
     if not saved:
         return False, math.inf
@@ -155,8 +155,10 @@ def evaluation_so_far(start: Start, saved: dict, data: dict, settings: SimpleNam
         machine.print(f"data/{settings.dataset} has changed since the checkpoint, or that is "
                       "nanoGPT's: the best val loss is reset")
         return False, math.inf
-    is_evaluated = saved.get('evaluated', False) and start.kind != 'branch'
-    return is_evaluated, float(saved['best_val_loss'])
+    recorded = [record['iter'] for record in checkpoint.read_metrics(settings.out_dir)
+                if 'val_loss' in record]
+    is_evaluated = saved.get('evaluated', False) and saved['iter_num'] in recorded
+    return is_evaluated and start.kind != 'branch', float(saved['best_val_loss'])
 
 
 def finished_message(settings: SimpleNamespace, iter_num: int) -> str:
@@ -194,11 +196,10 @@ def check_settings(settings: SimpleNamespace, world_size: int) -> None:
             f"--lr_decay_iters={settings.max_iters}")
 
 
-def check_processes(settings: SimpleNamespace, machine: Machine, start: Start, saved: dict,
-                    data: dict) -> None:
-    """Raise UserError if the processes differ in what they are about to do."""
+def check_processes(settings: SimpleNamespace, machine: Machine, *plans: object) -> None:
+    """Raise UserError if the processes differ in their settings or their plans."""
     shared = {name: value for name, value in vars(settings).items() if name not in LAUNCH_SETTINGS}
-    if not machine.same([shared, start.kind, saved.get('hash'), data]):
+    if not machine.same([shared, *plans]):
         raise UserError("the processes differ in their settings, their data or their checkpoint: all "
                         "machines need the same command, data/ and out_dir (a shared disk)")
 

@@ -95,9 +95,10 @@ from tqdm import tqdm
 import checkpoint
 import runtime
 import start
-from dataset import draw_batch, epoch_starts, fingerprint, load_meta, load_split
+from dataset import doubts, draw_batch, epoch_starts, fingerprint, load_meta, load_split
 from optimizer import configure_muon, load_state, shard, whole_state
 from runtime import derive_seed
+
 A100_FLOPS = 312e12  # in bfloat16: what nanoGPT's mfu is a share of, and ours where no peak is known
 
 
@@ -389,7 +390,10 @@ def train():
         T = raw_model.config.block_size  # which the weights decide
         splits = {split: load_split(dataset, split, T, meta) for split in ('train', 'val')}
         data = {split: fingerprint(ids) for split, ids in splits.items()}
-        start.check_processes(settings, machine, beginning, saved, data)
+        is_evaluated, best_val_loss = start.evaluation_so_far(beginning, saved, data, settings,
+                                                              machine)
+        start.check_processes(settings, machine, beginning.kind, saved.get('hash'), data,
+                              is_evaluated)
         raw_model.train().to(machine.device)
         opt, scaler = make_optimizer(raw_model, saved, machine)
         params = list(raw_model.parameters())
@@ -397,12 +401,12 @@ def train():
         ddp_model = runtime.distribute(model, machine)
         get_batch, get_micro_batch = batch_functions(splits, raw_model.config, machine)
         print_plan(machine, raw_model.config, raw_model.get_num_params(), splits)
+        for doubt in doubts(splits['train'], meta):
+            machine.print(doubt)
 
         # where the run stands
         iter_num = first_iter = saved.get('iter_num', 0)
         last_saved = iter_num  # at 0 there is nothing to save
-        is_evaluated, best_val_loss = start.evaluation_so_far(beginning, saved, data, settings,
-                                                              machine)
         if is_evaluated and iter_num >= max_iters and not eval_only:
             machine.print(start.finished_message(settings, iter_num))
             return

@@ -9,13 +9,15 @@ A FILE is a UTF-8 text, a folder (all its *.txt, sorted) or - for stdin; several
 Writes train.bin (the first 90%), val.bin and, except for GPT-2's tokens, meta.pkl into data/mine, in place of
 an earlier data set. For a corpus of many documents see data/openwebtext/prepare.py --data_files.
 """
+import glob
+import os
 import pickle
 import re
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
-DATA = Path(__file__).resolve().parent
+DATA = Path(__file__).absolute().parent
 sys.path.insert(0, str(DATA.parent))
 import numpy as np
 
@@ -29,6 +31,12 @@ def char_meta(text: str) -> dict:
     chars = sorted(set(text))
     stoi = {char: i for i, char in enumerate(chars)}
     return {'vocab_size': len(chars), 'stoi': stoi, 'itos': dict(enumerate(chars))}
+
+
+def matching_files(patterns: list[str]) -> list[str]:
+    """The files that match, sorted, each of them once under whatever names the patterns find it."""
+    files = {os.path.realpath(file): file for pattern in patterns for file in glob.glob(pattern)}
+    return sorted(files.values())
 
 
 def start_over(folder: Path) -> None:

@@ -1,13 +1,25 @@
-"""ALiBi against the models in transformers; test_model.py compares it with a naive loop."""
+"""ALiBi as a mask, as channels and in blocks: against formulas, a naive loop and transformers."""
+import math
+
+import naive
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
-from small_models import random_ids, small
+from small_models import all_logits, random_ids, small
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
 import export_hf
-from model import alibi_slopes
+import model as model_module
+from model import (
+    alibi_bias,
+    alibi_channels,
+    alibi_slopes,
+    blockwise_attention,
+    explicit_attention,
+    fused_attention,
+)
 
 
 def test_slopes_equal_blooms_and_mpts():
@@ -36,3 +48,84 @@ def test_logits_and_gradients_equal_mpts(H):
         pairs.append((ours.attn.c_attn, theirs.attn.Wqkv))
     for ours, theirs in pairs:
         torch.testing.assert_close(ours.weight.grad, theirs.weight.grad, rtol=1e-3, atol=1e-5)
+
+
+# channels in place of a mask
+
+@pytest.mark.parametrize('D', [32, 64, 80, 128])
+def test_channels_are_exact_in_16_bits(D):
+    """Their product is -slope * (i - j) to 2^-16 of itself, for any positions below 65,536."""
+    i = torch.randint(2**16, (500,), generator=torch.Generator().manual_seed(0))
+    i = torch.cat((i, torch.tensor([0, 255, 256, 65535])))
+    for H in (*range(1, 34), 48, 64):
+        of_q, of_k = alibi_channels(alibi_slopes(H), i, D)
+        for channels in (of_q, of_k):
+            assert channels.shape == (1, H, 504, 8)
+            assert torch.equal(channels.bfloat16().float(), channels)
+        found = of_q.double() @ of_k.double().mT / math.sqrt(D)     # (1, H, T, T)
+        slopes = alibi_slopes(H).double().view(1, H, 1, 1)
+        expected = -slopes * (i[:, None] - i).double()
+        assert ((found - expected).abs() <= 2**-16 * expected.abs()).all()
+        assert (found.diagonal(dim1=2, dim2=3) == 0).all()          # a token's own score is as it was
+
+
+def attention_in_float64(q, k, v, H):
+    """The formula, and the gradients of its sum weighted by 1, 2, ... along the channels."""
+    q, k, v = (x.detach().double().requires_grad_() for x in (q, k, v))
+    T, D = q.shape[2:]
+    distance = (torch.arange(T)[:, None] - torch.arange(T)).double()
+    scores = q @ k.mT / math.sqrt(D) - alibi_slopes(H).double().view(1, H, 1, 1) * distance
+    y = scores.masked_fill(distance < 0, -math.inf).softmax(dim=-1) @ v
+    return y, torch.autograd.grad((y * torch.arange(D)).sum(), (q, k, v))
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 5e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize('H, T', [(1, 300), (3, 7), (4, 2000), (7, 300), (12, 600), (33, 130)])
+def test_attention_by_channels_equals_the_formula(H, T, dtype, tolerance):
+    """Errors are relative to the largest number; those of a mask are as large."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, H, T, 32, dtype=dtype).requires_grad_() for _ in range(3))
+    expected = attention_in_float64(q, k, v, H)
+    channels = alibi_channels(alibi_slopes(H), torch.arange(T), 32)
+    mask = alibi_bias(alibi_slopes(H), torch.arange(T), T).to(dtype)
+    for y in (fused_attention(q, k, v, None, channels, 0.0), fused_attention(q, k, v, mask, None, 0.0),
+              blockwise_attention(q, k, v, mask, nn.Identity())):
+        found = [y, *torch.autograd.grad((y * torch.arange(32).to(dtype)).sum(), (q, k, v))]
+        for ours, theirs in zip(found, [expected[0], *expected[1]]):
+            assert (ours - theirs).abs().max() < tolerance * theirs.abs().max()
+
+
+@pytest.mark.parametrize('H', [1, 3, 6])
+def test_a_model_with_channels_equals_the_naive_one(monkeypatch, H):
+    """As on a GPU in 16 bits, here in float32."""
+    model, idx = small(use_alibi=True, n_head=H), random_ids(2, 40)
+    expected = torch.stack([naive.logits(model.state_dict(), model.config, row.tolist()) for row in idx])
+    monkeypatch.setattr(model_module, 'takes_channels', lambda device, dtype, T: True)
+    monkeypatch.setattr(model_module, 'is_faster_explicitly', lambda q, k: False)
+    seen = []
+    monkeypatch.setattr(model_module, 'alibi_bias', lambda *args: seen.append(args))
+    torch.testing.assert_close(all_logits(model, idx).double(), expected, rtol=1e-4, atol=1e-4)
+    assert not seen                                                 # no mask was made
+
+
+def test_channels_are_for_16_bits_on_a_gpu():
+    """In float32 no kernel is ruled out by a mask; beyond 65,536 tokens positions need more bits."""
+    gpu, takes_channels = torch.device('cuda'), model_module.takes_channels
+    assert takes_channels(gpu, torch.bfloat16, 2**16) and takes_channels(gpu, torch.float16, 1)
+    assert not takes_channels(gpu, torch.float32, 1024) and not takes_channels(gpu, torch.bfloat16, 2**16 + 1)
+    assert not takes_channels(torch.device('cpu'), torch.bfloat16, 1024)
+
+
+# attention on a CPU, a block of queries at a time
+
+@pytest.mark.parametrize('T', [1, 255, 256, 257, 700])
+@pytest.mark.parametrize('use_alibi', [True, False])
+def test_blocks_equal_the_whole(T, use_alibi):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, T, 16).requires_grad_() for _ in range(3))
+    mask = alibi_bias(alibi_slopes(3), torch.arange(T), T) if use_alibi else None
+    results = []
+    for attention in (explicit_attention, blockwise_attention):
+        y = attention(q, k, v, mask, nn.Identity())
+        results.append([y, *torch.autograd.grad((y * torch.arange(16)).sum(), (q, k, v))])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)

@@ -24,7 +24,10 @@ def bpe(env, monkeypatch):
 
 @pytest.mark.parametrize('files', ['jsonl', 'parquet', 'txt'])
 def test_openwebtext_from_local_files(checkout, env, bpe, tmp_path, files):
-    """Every document once, in its own tokens, an end-of-text token behind each; a tenth of them for val."""
+    """Every document once, in its own tokens, an end-of-text token behind each; a tenth of them for val.
+
+    A file that is named more than once counts once.
+    """
     texts = [f'Document {i} says “{"word " * (i % 7)}<|endoftext|>”' for i in range(50)]
     rows, path = [{'body': text} for text in texts], tmp_path / f'docs.{files}'
     if files == 'parquet':
@@ -35,7 +38,8 @@ def test_openwebtext_from_local_files(checkout, env, bpe, tmp_path, files):
     else:
         path.write_text('\n'.join(map(json.dumps, rows)))
     options = arguments(num_proc=2, dataset=f'from_{files}', column='text' if files == 'txt' else 'body')
-    run_script(checkout, PREPARE, '--data_files', tmp_path / f'*.{files}', *options, env=env)
+    twice = [tmp_path / f'*.{files}', path, f'{tmp_path}/./{path.name}']
+    run_script(checkout, PREPARE, '--data_files', *twice, *options, env=env)
     found = {}
     for split in ('train', 'val'):
         ids = np.fromfile(checkout / f'data/from_{files}/{split}.bin', dtype='<u2')

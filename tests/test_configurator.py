@@ -182,8 +182,14 @@ things = ['x']
 table = {'x': 1}
 def function(): return 1
 value = argument = error = 'of the script'
+compile = print_help = sys = Path = 'of the script'
+before = {*globals()}
 """
-SHOW = "print([rate, count, flag, name, nothing, pair, things, table, value, argument, error])\n"
+SHOW = """
+assert {compile, print_help, sys, Path} == {"of the script"}
+assert {*globals()} - before <= {"before", "new", "ast", "__warningregistry__"}
+print([rate, count, flag, name, nothing, pair, things, table, value, argument, error])
+"""
 EXEC = "exec(open('configurator.py').read())\n"
 DEFAULTS_SHOWN = [0.1, 3, False, 'a', None, (1, 2), ['x'], {'x': 1}, *['of the script'] * 3]
 
@@ -217,7 +223,6 @@ def test_nanogpts_way_with_values_of_any_type(folder, argument, changes):
     assert output == shown(**changes) + ('1 1\n' if argument == 'settings' else '')
 
 
-IMPORTED = f"import mine\n{SHOW.replace('rate', 'mine.rate').split(',')[0]}])"
 SPAWNED = """
 import multiprocessing
 if __name__ == '__main__':

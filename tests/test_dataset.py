@@ -2,13 +2,23 @@
 import os
 import pickle
 from collections import OrderedDict
+from pathlib import Path
 from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
 
 from configurator import UserError
-from dataset import draw_batch, epoch_starts, fingerprint, load_meta, load_split, token_type, tokenizer
+from dataset import (
+    doubts,
+    draw_batch,
+    epoch_starts,
+    fingerprint,
+    load_meta,
+    load_split,
+    token_type,
+    tokenizer,
+)
 
 AB = {'vocab_size': 2, 'stoi': {'a': 0, 'b': 1}, 'itos': {0: 'a', 1: 'b'}}
 
@@ -94,6 +104,58 @@ def test_large_vocabularies_take_32_bits(folder):
         draw_batch(write_ids(folder, [1] * 100, '<u2', large), 4, 4, 2**16 + 1, 0)
 
 
+@pytest.mark.parametrize('text, meta, is_refused, n_doubts', [
+    ('a\nb\nc\n' * 500, 'its own', False, 1),                      # a character a line: it may be 32-bit ids
+    ('a\nb\nc\n' * 500 + 'ab\n' * 2, 'its own', False, 0),
+    ('a\nb\n\nc\n' * 500, 'its own', False, 0),
+    ('a\nb\nc\n' * 500, None, True, 0),                           # GPT-2's token 0 is a '!'
+    ('abc ' * 500, None, False, 1),
+    ('abc ' * 500, 'its own', False, 0)])
+def test_doubts(folder, text, meta, is_refused, n_doubts):
+    """What cannot be decided is said in a line, and not refused."""
+    stoi = {char: i for i, char in enumerate(sorted(set(text)))}
+    meta = {'vocab_size': len(stoi), 'stoi': stoi} if meta else None
+    if is_refused:
+        with pytest.raises(UserError, match='holds 32-bit ids'):
+            write_ids(folder, [stoi[char] for char in text], meta=meta)
+        return
+    found = doubts(write_ids(folder, [stoi[char] for char in text], meta=meta), meta)
+    assert len(found) == n_doubts
+    assert all('data/x/train.bin' in line and '\n' not in line for line in found)
+
+
+def test_tokens_of_gpt2_raise_no_doubt(folder):
+    assert doubts(write_ids(folder, [5, 6, 7, 300, 8]), None) == []
+    large = {'vocab_size': 2**17}
+    assert doubts(write_ids(folder, [5, 0, 7, 0, 8], '<u4', large), large) == []
+
+
+def test_a_data_set_on_another_disk(folder, tmp_path):
+    """data/x may be a link, and so may be train.bin: errors and results name it as the user does."""
+    (tmp_path / 'disk').mkdir()
+    (folder.parent / 'far').symlink_to(tmp_path / 'disk')
+    np.arange(100, dtype='<u2').tofile(tmp_path / 'disk/train.bin')
+    (folder / 'train.bin').symlink_to(tmp_path / 'disk/train.bin')
+    for name in ('x', 'far'):
+        data = load_split(name, 'train', 4, None)
+        assert data.filename.relative_to(os.getcwd()) == Path(f'data/{name}/train.bin')
+        with pytest.raises(UserError, match=f'data/{name}/train.bin: token'):
+            draw_batch(data, 4, 4, 3, 0)
+
+
+def test_missing_data_say_what_to_do(folder, monkeypatch):
+    (folder / 'prepare.py').touch()
+    for name, words in (
+            ('mine', 'run python data/prepare_text.py FILE --dataset=mine first'),
+            ('x', 'run python data/x/prepare.py first'),
+            ('openwebtext', 'did you forget a config. e.g. config/train_shakespeare_char_fast.py')):
+        with pytest.raises(UserError, match=f'^no data/{name}/train.bin: .*{words}$'):
+            load_split(name, 'train', 4, None)
+    monkeypatch.chdir(folder)
+    with pytest.raises(UserError, match="^no data/ here: run it from the repository's root$"):
+        load_split('x', 'train', 4, None)
+
+
 def test_a_fingerprint_sees_the_whole_split():
     data = np.arange(3_000_000).astype('<u2')
     before = fingerprint(data)
@@ -133,6 +195,19 @@ def test_vocab_size_alone(folder):
     assert tok.vocab_size == 50 and tok.decode_bytes([7, 49]) == b'7 49 '
     with pytest.raises(UserError, match='IDS:1,2,3'):
         tok.encode('a')
+    assert tok.encode('') == [] and not tok.has_text
+
+
+def test_tokens_that_are_no_text(folder):
+    """Of moves or notes, say: there is nothing to read, and ids are written as numbers."""
+    numbers = {i: i for i in range(50)}
+    for meta in ({'vocab_size': 50, 'stoi': numbers, 'itos': numbers}, {'itos': [*range(50)]},
+                 {'stoi': {(i, 'up'): i for i in range(50)}}):
+        tok = tokenizer(write_meta(folder, meta))
+        assert tok.vocab_size == 50 and tok.decode_bytes([7, 49]) == b'7 49 ' and not tok.has_text
+        with pytest.raises(UserError, match='IDS:1,2,3'):
+            tok.encode('a')
+    assert tokenizer(AB).has_text
 
 
 def test_padding_of_the_vocabulary():
@@ -155,12 +230,28 @@ def test_a_hostile_meta_is_refused_and_runs_nothing(folder):
     assert os.path.exists('made')
 
 
-@pytest.mark.parametrize('meta', [
-    [1], {}, {'vocab_size': 'five'}, AB | {'itos': {0: 'a', 2: 'b'}}, AB | {'stoi': {'a': 1, 'b': 0}},
-    AB | {'vocab_size': 1}, AB | {'stoi': ['a', 'b']}])
-def test_a_meta_that_is_none_or_contradicts_itself_is_named(folder, meta):
-    with pytest.raises(UserError, match='data/x/meta.pkl is not a vocabulary.*prepare'):
+@pytest.mark.parametrize('meta, words', [
+    ([1], 'a list, not a dict'), ({}, 'neither vocab_size nor stoi nor itos'),
+    ({'vocab_size': 'five'}, "vocab_size is 'five', not a whole number"),
+    ({'vocab_size': None}, 'vocab_size is None'), ({'vocab_size': 2.5}, 'vocab_size is 2.5'),
+    (AB | {'itos': {0: 'a', 2: 'b'}}, 'the id 2, but vocab_size is 2'),
+    (AB | {'vocab_size': 3, 'itos': {0: 'a', 2: 'b'}}, r"itos\[2\] is 'b', but stoi\['b'\] is 1"),
+    (AB | {'stoi': {'a': 1, 'b': 0}}, r"itos\[0\] is 'a', but stoi\['a'\] is 1"),
+    (AB | {'vocab_size': 1}, 'the id 1, but vocab_size is 1'),
+    (AB | {'stoi': ['a', 'b']}, 'stoi is a list, not a dict'),
+    (AB | {'stoi': {'a': 0, 'b': '1'}}, r"stoi\['b'\] is '1', not a whole number"),
+    (AB | {'path': Path('x')}, r'it holds a pathlib\S*Path, which could run code')])
+def test_a_meta_that_is_none_or_contradicts_itself_is_named(folder, meta, words):
+    """With the value at fault. Where there is a prepare.py, it is to be run again."""
+    before = 'data/x/meta.pkl is not a vocabulary .*'
+    with pytest.raises(UserError, match=f'{before}{words}.*: it must be a pickled dict'):
         write_meta(folder, meta)
+    (folder / 'prepare.py').touch()
+    with pytest.raises(UserError, match=f'{before}{words}.*: run python data/x/prepare.py again'):
+        write_meta(folder, meta)
+
+
+def test_a_damaged_meta_is_named(folder):
     (folder / 'meta.pkl').write_bytes(b'junk')
     with pytest.raises(UserError, match='meta.pkl'):
         load_meta('x')

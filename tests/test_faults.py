@@ -314,7 +314,8 @@ def test_float16_skips_a_step_that_overflows(run_train, monkeypatch, optimizer):
 def test_numbers_end_all_processes_together(checkout, tmp_path):
     options = tiny(**RUINOUS, out_dir=tmp_path / 'out')
     output = torchrun(checkout, 2, 'train.py', *options, status=1, timeout=60)
-    assert output.count('error: iteration') == output.count('There is no checkpoint yet') == 2
+    assert output.count('\nerror: iteration') == 1                  # by the first of them
+    assert 'There is no checkpoint yet' in output
 
 
 # processes

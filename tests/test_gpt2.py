@@ -26,7 +26,10 @@ def save_gpt2(folder, std=0.2, **options):
 @pytest.mark.parametrize('activation, gelu', [('gelu_new', 'tanh'), ('gelu', 'erf')])
 def test_logits_equal_transformers(tmp_path, activation, gelu):
     peer = save_gpt2(tmp_path, activation_function=activation)
-    model = GPT.from_pretrained(tmp_path)
+    model = GPT.from_pretrained(tmp_path, {'dropout': 0.5})
+    assert model.training                                           # as nanoGPT's
+    assert model.config.dropout == model.transformer.drop.p == 0.5
+    model = GPT.from_pretrained(tmp_path).eval()
     assert model.config == GPTConfig(32, 103, 2, 3, 48, 0.0, True, gelu=gelu)
     for T in (1, 7, 32):
         idx = random_ids(2, T, 103)
@@ -91,7 +94,8 @@ def test_finetune_evaluate_and_resume(run_train, checkout, gpt2, capsys):
     assert 'step 0: train loss' in capsys.readouterr().out
     out_dir = run_train(**options, block_size=16)
     assert 'n_embd: 8 as in the weights, not 32' in capsys.readouterr().out
-    args = load_state(out_dir)['model_args']
+    state = load_state(out_dir)
+    args = state['model_args'] | {'gelu': state['gelu']}
     assert (args['gelu'], args['block_size'], args['dropout']) == ('tanh', 16, 0.1)
     first, *_, last = [record['val_loss'] for record in evaluations(out_dir)]
     assert last < first - 1

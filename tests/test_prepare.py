@@ -64,6 +64,23 @@ def test_your_own_text(fresh, bpe_files):
     assert files(fresh / 'data/mine') == ['train.bin', 'val.bin']
 
 
+def test_data_sets_on_another_disk(fresh, tmp_path):
+    """Their folders are moved there, with a link in data/."""
+    for name in ('mine', 'pydocs_char'):
+        (tmp_path / f'disk-{name}').mkdir()
+        if (fresh / 'data' / name).exists():
+            (fresh / 'data' / name).rename(tmp_path / f'disk-{name}')
+        (fresh / 'data' / name).symlink_to(tmp_path / f'disk-{name}')
+    (fresh / 'my.txt').write_text('some text\n' * 200)
+    prepare_text(fresh, 'my.txt')
+    run_script(fresh, 'data/pydocs_char/prepare.py')
+    for name in ('mine', 'pydocs_char'):
+        assert (fresh / 'data' / name).is_symlink() and files(tmp_path / f'disk-{name}') == FILES
+    run_script(fresh, 'train.py', *tiny(dataset='mine', max_iters=2, out_dir=tmp_path / 'out'))
+    output = run_script(fresh, 'eval.py', tmp_path / 'out', '--device=cpu')
+    assert 'text: data/mine/val.bin' in output
+
+
 def test_several_files_a_folder_and_stdin(fresh):
     (fresh / 'texts').mkdir()
     for name in ('b.txt', 'a.txt', 'c.md'):

@@ -58,7 +58,8 @@ def test_one_that_fails_does_not_silence_the_others(run_train, monkeypatch):
     monkeypatch.setitem(sys.modules, 'plot', None)
     with pytest.warns(UserWarning, match='not logged: .*plot'):
         out_dir = run_train(wandb_log=True, max_iters=10)
-    assert [row['val/loss'] for row in rows if 'val/loss' in row] == [r['val_loss'] for r in evaluations(out_dir)]
+    expected = [record['val_loss'] for record in evaluations(out_dir)]
+    assert [row['val/loss'] for row in rows if 'val/loss' in row] == expected
 
 
 @pytest.mark.parametrize('breaks', ['metrics', 'wandb'])

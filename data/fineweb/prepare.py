@@ -9,7 +9,6 @@ Each is downloaded, appended to train.bin or val.bin in .preparing/ and removed:
 end both move to this folder. After an interruption the same command resumes behind the last complete shard.
 Of local files, those with "val" as a word of their name (fineweb_val_000000.bin) are for val.bin.
 """
-import glob
 import json
 import os
 import re
@@ -18,11 +17,11 @@ import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
-here = Path(__file__).resolve().parent
+here = Path(__file__).absolute().parent
 sys.path[:0] = [str(here.parent), str(here.parents[1])]
 import numpy as np
 from huggingface_hub import hf_hub_download
-from prepare_text import start_over
+from prepare_text import matching_files, start_over
 
 from checkpoint import atomic_write
 from configurator import UserError, print_user_errors
@@ -38,7 +37,7 @@ TOKEN = token_type(None)
 
 def split_local_files(patterns: list[str]) -> tuple[list[str], list[str]]:
     """The files that match, in the order of their names: for train, for val. Raises UserError."""
-    files = sorted({file for pattern in patterns for file in glob.glob(pattern)})
+    files = matching_files(patterns)
     val = [file for file in files if 'val' in re.split('[^a-z]+', Path(file).stem.lower())]
     train = [file for file in files if file not in val]
     if not train or not val:
@@ -63,7 +62,7 @@ def append_shards(path: Path, shards: list[str], is_local: bool) -> None:
     """
     progress = path.with_suffix('.json')
     path.touch()
-    sizes = json.loads(progress.read_text()) if progress.exists() else []
+    sizes = json.loads(progress.read_text(encoding='utf-8')) if progress.exists() else []
     sizes = [size for size in sizes[:len(shards)] if size <= path.stat().st_size]
     os.truncate(path, max(sizes, default=0))
     with open(path, 'ab') as file:

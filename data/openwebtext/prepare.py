@@ -9,19 +9,18 @@ documents with a fixed seed: 0.05%, but at least 1000 of them, or 10% of fewer t
 and val.bin into data/mine or, without --dataset, this folder: for OpenWebText 9 billion and 4 million tokens,
 17 GB and 8 MB. It needs 78 GB in Hugging Face's cache as well, which can be deleted afterwards.
 """
-import glob
 import math
 import os
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
-here = Path(__file__).resolve().parent
+here = Path(__file__).absolute().parent
 sys.path[:0] = [str(here.parent), str(here.parents[1])]
 import datasets
 import numpy as np
 import tiktoken
-from prepare_text import own_folder, start_over
+from prepare_text import matching_files, own_folder, start_over
 
 from checkpoint import atomic_write
 from configurator import UserError, print_user_errors
@@ -40,7 +39,7 @@ def load_documents(patterns: list[str] | None, column: str, num_proc: int) -> da
         if len(documents) != DOCUMENTS:
             raise UserError(f"{SOURCE} has {len(documents):,} documents instead of {DOCUMENTS:,}")
         return documents
-    files = sorted(file for pattern in patterns for file in glob.glob(pattern))
+    files = matching_files(patterns)
     suffixes = {Path(file).suffix for file in files}
     if len(suffixes) != 1 or not suffixes <= FORMATS.keys():
         raise UserError(f"{len(files)} files match {patterns}: all must end in the same one of {[*FORMATS]}")

@@ -10,7 +10,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-here = Path(__file__).resolve().parent
+here = Path(__file__).absolute().parent
 sys.path[:0] = [str(here.parent), str(here.parents[1])]
 from prepare_text import char_meta, write_splits
 

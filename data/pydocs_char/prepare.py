@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 
-here = Path(__file__).resolve().parent
+here = Path(__file__).absolute().parent
 sys.path[:0] = [str(here.parent), str(here.parents[1])]
 from prepare_text import char_meta, write_splits
 

@@ -8,7 +8,7 @@ Writes train.bin (301,966 tokens) and val.bin (36,059) into this folder.
 import sys
 from pathlib import Path
 
-here = Path(__file__).resolve().parent
+here = Path(__file__).absolute().parent
 sys.path[:0] = [str(here.parent), str(here.parents[1])]
 from prepare_text import write_splits
 from shakespeare_char.prepare import load_text

@@ -11,7 +11,7 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 from urllib.request import urlopen
 
-here = Path(__file__).resolve().parent
+here = Path(__file__).absolute().parent
 sys.path[:0] = [str(here.parent), str(here.parents[1])]
 from prepare_text import char_meta, write_splits
 
