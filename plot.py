@@ -1,56 +1,370 @@
-"""Draw the loss curves of one or several runs.
+"""Compare runs: a table of what they reached, and a picture of their loss curves.
 
     python plot.py out-shakespeare-char
-    python plot.py out-a out-b --file=compared.png
-"""
-import math
-from pathlib import Path
+    python plot.py out-a out-b out-c --file=compared.svg
+    python plot.py out-a out-b --curves=train,val
+    python plot.py out-a out-b --json=True
 
-# ---------------------------------------------------------------------------------------------------------
+Runs that differ in their seed alone are one row and one line: their mean and its standard error.
+The settings are those in each run's config.py, which is executed as code.
+"""
+# --------------------------------------------------------------------------------------------------
 # settings
 runs = []                      # the folders of the runs
-file = ''                      # the picture to make; '': loss.png in the first folder
-# ---------------------------------------------------------------------------------------------------------
-from configurator import UserError, configure
+file = ''                      # a .png, .svg or .pdf; '': loss.png in the run's folder, or runs.png
+curves = ''                    # of batch, train and val, such as train,val; '': val, of one run all
+json = False                   # print the table as JSON
+# --------------------------------------------------------------------------------------------------
+from configurator import UserError, configure, run_file
 
 configure(globals(), plain='runs')
 
+import math
+import os
+import shutil
+import statistics
+import sys
+import textwrap
+from json import dumps
+from pathlib import Path
+from typing import NamedTuple
+
 from checkpoint import atomic_write, read_metrics
+from start import LAUNCH_SETTINGS
+
+KEYS = {'batch': 'loss', 'train': 'train_loss', 'val': 'val_loss'}  # what a record calls a curve
+STYLES = {
+    'batch': dict(linewidth=0.8, alpha=0.3),
+    'train': dict(linestyle='--'),
+    'val': dict(marker='.'),
+}
+LINES = 'val solid, train dashed, batch faint'
 
 
-def plot_losses(folders, path):
-    """Draw the batch, train and val losses in the folders' metrics.jsonl as a PNG at path."""
+# ---- reading -------------------------------------------------------------------------------------
+
+class Run(NamedTuple):
+    """What a run's folder says of it."""
+    name: str
+    seed: int | None
+    settings: dict        # those that change its numbers, but for the seed; {} without a config.py
+    records: list[dict]   # of metrics.jsonl
+
+    def curve(self, name: str) -> dict[int, float]:
+        """The losses of a curve, by iteration."""
+        key = KEYS[name]
+        return {record['iter']: record[key] for record in self.records if key in record}
+
+    def n_iters(self) -> int:
+        """How many updates it has made."""
+        return max(record['iter'] + ('loss' in record) for record in self.records)
+
+    def seconds(self) -> float | None:
+        """How long it took in all, or None where that was not logged."""
+        elapsed = [record['elapsed'] for record in self.records if 'elapsed' in record]
+        return elapsed[-1] if elapsed else None
+
+    def seconds_of_updates(self) -> float | None:
+        """How long its updates took, by the mean times in the log; None without any."""
+        total, n = 0.0, 0
+        for record in self.records:
+            if 'ms' in record:
+                total += record['ms'] / 1000 * (record['iter'] + 1 - n)  # of those since the last
+                n = record['iter'] + 1
+        return total * self.n_iters() / n if n else None
+
+
+def read_run(folder: str | Path) -> Run:
+    """The run in a folder. Raises UserError if it is none."""
+    if not (Path(folder) / 'metrics.jsonl').exists():
+        raise UserError(f"no metrics.jsonl in {folder}: give the folders of runs")
+    config = Path(folder) / 'config.py'
+    settings = run_file(str(config), {}) if config.exists() else {}
+    seed = settings.pop('seed', None)
+    for name in LAUNCH_SETTINGS:
+        if name != 'init_from':         # it may be another run's weights, and so change the numbers
+            settings.pop(name, None)
+    return Run(str(folder), seed, settings, read_metrics(folder))
+
+
+def read_groups(folders: list[str | Path]) -> list[list[Run]]:
+    """The runs in the folders, those together that differ in their seed alone.
+
+    Runs that have not been evaluated yet are left out. Raises UserError if there are no others.
+    """
+    groups = []
+    for run in map(read_run, folders):
+        if not run.curve('val'):
+            print(f"{run.name}: left out, no evaluation yet", file=sys.stderr)
+            continue
+        alike = [group for group in groups if belongs_to(run, group)]
+        if alike:
+            alike[0].append(run)
+        else:
+            groups.append([run])
+    if not groups:
+        raise UserError("no run with an evaluation")
+    return groups
+
+
+def belongs_to(run: Run, group: list[Run]) -> bool:
+    """Whether the run differs in its seed alone from those of the group."""
+    is_new_seed = run.seed not in [other.seed for other in group]
+    return is_new_seed and run.settings == group[0].settings != {}
+
+
+def group_name(group: list[Run]) -> str:
+    """What the runs' names have in common, with a * for the rest."""
+    names = [run.name for run in group]
+    if len(names) == 1:
+        return names[0]
+    start = os.path.commonprefix(names)
+    backwards = [name[len(start):][::-1] for name in names]
+    end = os.path.commonprefix(backwards)[::-1]
+    return f'{start}*{end}'
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+def mean_and_error(values: list[float]) -> tuple[float, float | None]:
+    """The mean, and its standard error if there are several values."""
+    if len(values) == 1:
+        return values[0], None
+    return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
+
+
+def final_loss(group: list[Run]) -> tuple[float, float | None]:
+    """The mean of the runs' last val losses, and its standard error."""
+    return mean_and_error([list(run.curve('val').values())[-1] for run in group])
+
+
+def differing_settings(groups: list[list[Run]]) -> list[str]:
+    """The names of the settings in which the groups differ."""
+    everything = [group[0].settings for group in groups]
+    names = dict.fromkeys(name for settings in everything for name in settings)
+
+    def differs(name):
+        return len({repr(settings[name]) for settings in everything if name in settings}) > 1
+    return [name for name in names if differs(name)]
+
+
+def make_rows(groups: list[list[Run]]) -> list[dict]:
+    """A row for each group: plain values, for JSON. What is unknown is None."""
+    differing = differing_settings(groups)
+    rows = []
+    for group in groups:
+        best, best_error = mean_and_error([min(run.curve('val').values()) for run in group])
+        final, final_error = final_loss(group)
+        times = [run.seconds() for run in group]
+        is_whole_time = None not in times
+        if not is_whole_time:
+            times = [run.seconds_of_updates() for run in group]
+        rows.append({
+            'name': group_name(group),
+            'runs': [run.name for run in group],
+            'seeds': [run.seed for run in group],
+            'settings': {name: group[0].settings.get(name) for name in differing},
+            'best_val_loss': best,
+            'best_val_loss_error': best_error,
+            'final_val_loss': final,
+            'final_val_loss_error': final_error,
+            'iterations': [run.n_iters() for run in group],
+            'seconds': None if None in times else statistics.mean(times),
+            'time_is_of_updates_alone': not is_whole_time,
+        })
+    return rows
+
+
+def show_loss(mean: float, error: float | None) -> str:
+    return f'{mean:.4f}' if error is None else f'{mean:.4f}±{error:.4f}'
+
+
+def show_time(seconds: float | None, of_updates: bool) -> str:
+    if seconds is None:
+        return '-'
+    mark = '~' if of_updates else ''
+    for unit, size in (('s', 1), ('min', 60)):
+        if seconds < 100 * size:
+            return f'{mark}{seconds / size:.0f} {unit}'
+    return f'{mark}{seconds / 3600:.1f} h'
+
+
+def show_value(value: object) -> str:
+    return f'{value:.6g}' if type(value) is float else str(value)
+
+
+def show_numbers(row: dict) -> dict[str, str]:
+    """What a row says in numbers, by the heading of the column."""
+    low, high = min(row['iterations']), max(row['iterations'])
+    return {
+        'seeds': str(len(row['runs'])),
+        'best\nval loss': show_loss(row['best_val_loss'], row['best_val_loss_error']),
+        'final\nval loss': show_loss(row['final_val_loss'], row['final_val_loss_error']),
+        'iters': str(high) if low == high else f'{low}-{high}',
+        'time': show_time(row['seconds'], row['time_is_of_updates_alone']),
+    }
+
+
+def lay_out(table: list[dict[str, str]]) -> tuple[list[str], list[str]]:
+    """The lines of a table's headings, and those of its rows. The first column is aligned left."""
+    height = max(heading.count('\n') + 1 for heading in table[0])
+    lines = [''] * (height + len(table))
+    for heading in table[0]:
+        words = heading.split('\n')
+        column = [''] * (height - len(words)) + words + [row[heading] for row in table]
+        width = max(map(len, column))
+        for i, cell in enumerate(column):
+            lines[i] += f'  {cell:>{width}}' if lines[i] else f'{cell:<{width}}'
+    lines = [line.rstrip() for line in lines]
+    return lines[:height], lines[height:]
+
+
+def format_table(rows: list[dict], width: int = 80) -> str:
+    """The table as text.
+
+    A name and its settings stand beside the numbers, or above them where that is wider than width.
+    """
+    names = [row['name'] for row in rows]
+    settings = [
+        {key: show_value(value) for key, value in row['settings'].items()}
+        for row in rows]
+    numbers = [show_numbers(row) for row in rows]
+    has_groups = any(len(row['runs']) > 1 for row in rows)
+    if not has_groups:
+        for cells in numbers:
+            del cells['seeds']
+
+    table = []
+    for name, some, cells in zip(names, settings, numbers):
+        columns = {key.replace('_', '_\n'): value for key, value in some.items()}
+        table.append({'run': name, **columns, **cells})
+    headings, lines = lay_out(table)
+    if max(map(len, headings + lines)) > width:
+        headings, below = lay_out([{'': 4 * ' ', **cells} for cells in numbers])
+        lines = []
+        for name, some, line in zip(names, settings, below):
+            text = ' '.join([name, *(f'{key}={value}' for key, value in some.items())])
+            lines += textwrap.wrap(text, width, subsequent_indent='    ', break_long_words=False,
+                                   break_on_hyphens=False)
+            lines.append(line)
+
+    lines = headings + lines
+    if has_groups:
+        lines.append("±: standard error of the mean of the seeds")
+    if any(row['time_is_of_updates_alone'] for row in rows):
+        lines.append("~: the time of the updates, without evaluations and checkpoints")
+    return '\n'.join(lines)
+
+
+# ---- the picture ---------------------------------------------------------------------------------
+
+def shorten(name: str, length: int) -> str:
+    """The name, without its middle if it is longer than length."""
+    half = (length - 3) // 2
+    return name if len(name) <= length else f'{name[:half]}...{name[-half:]}'
+
+
+def draw_curve(axes, group: list[Run], name: str, color: str | None) -> list[float]:
+    """Draw the mean of the group's curves, with a band of its standard error.
+
+    Only iterations are drawn that all its runs have. Returns the losses after the first steep fall.
+    """
+    losses = [run.curve(name) for run in group]
+    iters = [x for x in losses[0] if all(x in by_iter for by_iter in losses)]
+    points = [mean_and_error([by_iter[x] for by_iter in losses]) for x in iters]
+    means = [mean for mean, _ in points]
+    line, = axes.plot(iters, means, color=color, label=name, **STYLES[name])
+    if len(group) > 1:
+        low = [mean - error for mean, error in points]
+        high = [mean + error for mean, error in points]
+        axes.fill_between(iters, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+    end = max(run.records[-1]['iter'] for run in group)
+    return [loss for x, loss in zip(iters, means) if x > 0.03 * end]
+
+
+def plot_losses(folders: list[str | Path], path: str | Path) -> None:
+    """Draw the loss curves of the runs in the folders as a picture at path."""
+    draw(read_groups(folders), path)
+
+
+def draw(groups: list[list[Run]], path: str | Path, kinds: str = '') -> None:
+    """Draw the loss curves of the groups as a picture at path, in the format that its ending says.
+
+    kinds: of batch, train and val, with commas between; '': of one run all, of several val.
+    """
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(8, 5), layout='constrained')
+    is_single = len(groups) == len(groups[0]) == 1
+    wanted = (kinds or ('batch,train,val' if is_single else 'val')).split(',')
+    if not {*wanted} <= KEYS.keys():
+        raise UserError(f"curves are {', '.join(KEYS)}, got {kinds!r}")
+    drawn = [kind for kind in KEYS if kind in wanted]
+
+    names = [shorten(group_name(group), 70) for group in groups]
+    labels = [f'{show_loss(*final_loss(group))}  {name}' for name, group in zip(names, groups)]
+    n_columns = 2 if max(map(len, labels)) <= 45 else 1
+    n_lines = 1 if is_single else 1 + math.ceil(len(groups) / n_columns)
+    figure = Figure(figsize=(8, 4.8 + 0.21 * n_lines), layout='constrained')  # room for the legend
     axes = figure.subplots()
-    styles = {'loss': dict(lw=0.8, alpha=0.3), 'train_loss': dict(ls='--'), 'val_loss': dict(marker='.')}
-    titles, late = [], []
-    for i, folder in enumerate(folders):
-        if not (records := read_metrics(folder)):
-            raise UserError(f"no metrics.jsonl in {folder}")
-        best = min((record['val_loss'] for record in records if 'val_loss' in record), default=math.nan)
-        titles.append(f'{folder}: best val loss {best:.4f}')
-        for key, style in styles.items():
-            points = [(record['iter'], record[key]) for record in records if key in record]
-            name = {'loss': 'batch', 'train_loss': 'train', 'val_loss': 'val'}[key]
-            label = name if len(folders) == 1 else f'{folder}: {name}'
-            color = f'C{i}' if len(folders) > 1 else None
-            axes.plot([x for x, _ in points], [y for _, y in points], label=label, color=color, **style)
-            late += [y for x, y in points if x > 0.03 * records[-1]['iter']]
-    axes.set(xlabel='iteration', ylabel='loss (nats per token)')
-    if late:                                                        # the first steep fall would hide the rest
-        axes.set_ylim(top=max(late) + 0.1 * (max(late) - min(late)))
-    axes.set_title(', '.join(titles), parse_math=False)             # a $ in a path means nothing
+    late = []
+    for group, color in zip(groups, choose_colors(len(groups))):
+        for kind in drawn:
+            late += draw_curve(axes, group, kind, None if is_single else color)
+    if late:                                            # the first steep fall would hide the rest
+        margin = 0.1 * (max(late) - min(late))
+        axes.set_ylim(top=max(late) + margin)
+
+    if is_single:
+        legend = figure.legend(loc='outside lower center', ncols=3)
+    else:
+        lines = [line for line in axes.lines if line.get_label() == drawn[-1]]
+        legend = figure.legend(lines, labels, loc='outside lower center', ncols=n_columns,
+                               title='final val loss')
+    for text in legend.get_texts():
+        text.set_parse_math(False)                      # a $ in a path means nothing
+    axes.set_title(make_title(groups), parse_math=False)
+    ylabel = f'{drawn[0]} loss (nats per token)'
+    if len(drawn) > 1:
+        ylabel = 'loss (nats per token)' + ('' if is_single else f': {LINES}')
+    axes.set(xlabel='iteration', ylabel=ylabel)
     axes.grid(alpha=0.3)
-    axes.legend(loc='upper right')
-    with atomic_write(path) as png:
-        figure.savefig(png, format='png', dpi=120)
-    figure.clear()                                                  # else it takes a while to be collected
+    with atomic_write(path) as picture:
+        figure.savefig(picture, format=Path(path).suffix[1:] or 'png', dpi=120)
+    figure.clear()                                      # else it takes a while to be collected
+
+
+def choose_colors(n: int) -> list:
+    """A color for each of n lines."""
+    from matplotlib import colormaps
+    if n <= 10:
+        return [f'C{i}' for i in range(n)]
+    return [colormaps['turbo'](i / (n - 1)) for i in range(n)]
+
+
+def make_title(groups: list[list[Run]]) -> str:
+    n_runs = sum(map(len, groups))
+    if n_runs == 1:
+        best = min(groups[0][0].curve('val').values())
+        return f'{shorten(groups[0][0].name, 50)}: best val loss {best:.4f}'
+    if n_runs == len(groups):
+        return f'{n_runs} runs'
+    kinds = 'one group' if len(groups) == 1 else f'{len(groups)} groups'
+    return f'{n_runs} runs in {kinds}: mean of the seeds and its standard error'
+
+
+def compare():
+    """Print the table and draw the picture that the settings ask for."""
+    if not runs:
+        raise UserError("give the folders of runs, such as python plot.py out-shakespeare-char")
+    groups = read_groups(runs)
+    target = file or (Path(runs[0]) / 'loss.png' if len(runs) == 1 else 'runs.png')
+    draw(groups, target, curves)
+    rows = make_rows(groups)
+    if json:
+        print(dumps(rows))
+    else:
+        print(format_table(rows, shutil.get_terminal_size().columns))
+        print(target)
 
 
 if __name__ == '__main__':
-    if not runs:
-        raise UserError("give the folders of runs, such as python plot.py out-shakespeare-char")
-    target = file or Path(runs[0]) / 'loss.png'
-    plot_losses(runs, target)
-    print(target)
+    compare()

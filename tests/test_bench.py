@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,12 +13,13 @@ from conftest import REPO, VOCAB_SIZE, environment, run_script
 
 import bench
 import runtime
-from model import GPTConfig
+import train
+from model import GPT
 
 SMALL = ['--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=2',
          '--blocks=2', '--steps=1']
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
-KINDS = ['learned positions', 'ALiBi', 'rotary', 'learned positions, Muon']
+KINDS = ['learned positions', 'use_alibi', 'use_rope', 'optimizer=muon']
 
 
 def has_row(name, output):
@@ -28,12 +30,19 @@ def has_row(name, output):
 
 @pytest.fixture
 def job(monkeypatch):
-    """A tiny model and random tokens, to be measured shortly."""
+    """A function: what measures a tiny model with these settings on random tokens, shortly."""
     for name in ('blocks', 'steps'):
         monkeypatch.setattr(bench, name, 1)
-    config = GPTConfig(block_size=16, vocab_size=16, n_layer=1, n_head=2, n_embd=16, bias=False)
-    data = np.random.default_rng(0).integers(16, size=1000).astype('<u2')
-    return bench.Job(runtime.set_up('cpu', compile=False), config, 2, data)
+    defaults = {name: getattr(train, name) for name in train.setting_names}
+    for name, value in defaults.items():
+        monkeypatch.setattr(train, name, value)  # restores what bench.py changes
+    tiny = dict(block_size=16, n_layer=1, n_head=2, n_embd=16, batch_size=2)
+
+    def make(**changes):
+        settings = SimpleNamespace(**defaults | tiny | changes)
+        data = np.random.default_rng(0).integers(16, size=1000).astype('<u2')
+        return bench.Job(runtime.set_up('cpu', compile=False), settings, 16, data)
+    return make
 
 
 @pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=needs_gpu)])
@@ -46,8 +55,8 @@ def test_the_tables(checkout, device):
     assert all(has_row(name, output) for name in KINDS), output
     assert len(re.findall(r'^\S.* +[\d.]+ +[\d.]+%$', output, re.MULTILINE)) == 10  # the profile
     assert json.loads((checkout / 'bench-trace.json').read_text(encoding='utf-8'))['traceEvents']
-    ours = [line for line in output.splitlines() if not re.match(r'[A-Z]+:\d{4}-', line)]  # not Kineto's
-    assert all(len(line) <= 80 for line in ours), output
+    assert all(len(line) <= 80 for line in output.splitlines()), output
+    assert not re.search('USDT|STAGE|ERROR', output), output         # what PyTorch's profiler says
 
 
 GPT2 = 'n_layer=12 n_head=12 n_embd=768 block_size=1024'
@@ -65,8 +74,10 @@ def test_sizes_and_data(checkout, arguments, expected):
     assert expected in run_script(checkout, 'bench.py', *arguments, *nothing)
 
 
-def test_the_kinds_are_what_they_are_called(job, monkeypatch):
-    seen, forward, update = [], bench.GPT.forward, bench.train.update
+@pytest.fixture
+def measured(monkeypatch):
+    """What the steps compute, a list: positions, checkpointed activations, optimizer."""
+    seen, forward, update = [], GPT.forward, bench.train.update
 
     def spy_forward(self, *args, checkpoint_activations=False, **options):
         config = self.config
@@ -77,12 +88,41 @@ def test_the_kinds_are_what_they_are_called(job, monkeypatch):
         seen[-1] += (type(optimizer).__name__,)
         update(params, optimizer, *args)
 
-    monkeypatch.setattr(bench.GPT, 'forward', spy_forward)
+    monkeypatch.setattr(GPT, 'forward', spy_forward)
     monkeypatch.setattr(bench.train, 'update', spy_update)
-    monkeypatch.setattr(bench, 'checkpoint_activations', True)
-    bench.bench_training(job)
-    assert list(dict.fromkeys(seen)) == [(False, False, True, 'AdamW'), (True, False, True, 'AdamW'),
-                                         (False, True, True, 'AdamW'), (False, False, True, 'Muon')]
+    return seen
+
+
+STANDARD = [(False, False, True, 'AdamW'), (True, False, True, 'AdamW'),
+            (False, True, True, 'AdamW'), (False, False, True, 'Muon')]
+
+
+def test_the_kinds_are_what_they_are_called(job, measured):
+    bench.bench_training(job(checkpoint_activations=True))
+    assert list(dict.fromkeys(measured)) == STANDARD
+
+
+def test_a_row_for_what_is_configured(job, measured, capsys):
+    """It is there if none of the standard rows measures it."""
+    bench.bench_training(job(checkpoint_activations=True, use_alibi=True, optimizer='muon'))
+    assert list(dict.fromkeys(measured)) == [*STANDARD, (True, False, True, 'Muon')]
+    output = capsys.readouterr().out
+    assert 'as configured: use_alibi=True use_rope=False optimizer=muon\n' in output
+    assert has_row('as configured', output)
+    for settings in ({'use_rope': True}, {'optimizer': 'muon'}, {'dropout': 0.1, 'bias': True}):
+        assert list(bench.choose_kinds(job(**settings).settings)) == KINDS
+
+
+def test_the_settings_are_trains(checkout):
+    """Those of a config, too, and a misspelt one is answered before PyTorch is imported."""
+    settings = {name: value for name, value in vars(train).items() if name in train.setting_names}
+    own = ('n_layer', 'n_head', 'n_embd', 'block_size', 'batch_size', 'dataset')
+    for name, value in settings.items():
+        assert name in own or getattr(bench, name) == value, name
+    options = ['config/train_shakespeare_char_fast.py', '--blocks=0', '--muon_steps=2']
+    assert 'n_layer=4 n_head=4' in run_script(checkout, 'bench.py', *options)
+    output = run_script(checkout, 'bench.py', '--muon_step=2', status=1)
+    assert "did you mean 'muon_steps'" in output
 
 
 def test_a_ratio_is_taken_block_by_block(capsys):

@@ -12,12 +12,14 @@ from prepare_text import char_meta, write_splits
 from test_gpt2 import save_gpt2
 
 DOCUMENTS = ['README.md', 'CONTRIBUTING.md', 'docs/tour.md', 'docs/robustness.md', 'docs/alibi.md',
-             'docs/performance.md']
+             'docs/performance.md', 'docs/course.md']
 COMMAND = re.compile(r'(python|torchrun|\.venv/bin/python) .*\.py|python -c .|(pip|make|bash|sbatch) .')
 
 # what is not run here, by how it begins, and why
 NOT_RUN = {
     'pip install': "it needs a network; CI installs the same way through make",
+    'pip download': "it needs a network",
+    'bash examples/sweep.sh': "run small by test_examples.py",
     'make': "make quickstart and make test run whole in a fresh clone; CI runs make test",
     '.venv/bin/python': "the linter, the tests and the benchmark, which make and the other tests run",
     'python data/shakespeare': "it needs a network; run on the real file by test_prepare.py, test_bpe.py",
@@ -71,7 +73,8 @@ def folder(checkout, bpe_files, tmp_path_factory):
     (folder / 'prompt.txt').write_text("First ")
     (folder / 'corpus').mkdir()
     (folder / 'corpus/a.jsonl').write_text(400 * (json.dumps({'text': text[:200]}) + '\n'))
-    (folder / 'my.txt').write_text(text)
+    for name in ('my.txt', 'little.txt'):
+        (folder / name).write_text(text)
     write_splits(folder / 'data/shakespeare_char', text, char_meta(text))  # as if each had a network
     for name in ('shakespeare', 'openwebtext', 'fineweb'):
         for split in ('train', 'val'):
