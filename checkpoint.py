@@ -192,7 +192,7 @@ class RunFolder(AbstractContextManager):
 # ---- reading ------------------------------------------------------------------------------------
 
 def read_metrics(out_dir: str | Path) -> list[dict]:
-    """The records in out_dir/metrics.jsonl. A line that does not parse, as after a crash, is skipped."""
+    """The records in out_dir/metrics.jsonl, without lines that do not parse, as after a crash."""
     path = Path(out_dir) / 'metrics.jsonl'
     if not path.exists():
         return []
@@ -275,7 +275,7 @@ def load(path: str | Path, meta: dict | None = None) -> dict:
 
 
 def model_args(config: GPTConfig) -> dict:
-    """What a checkpoint says of its model: nanoGPT's fields, and ours where they are not at default.
+    """What a checkpoint says of its model: nanoGPT's fields, and those of ours that are in use.
 
     nanoGPT refuses a file with any of ours, as it should: it would compute something else. Only
     `gelu` stands outside, since nanoGPT takes GPT-2's own weights with another GELU as well.
@@ -324,8 +324,8 @@ def load_gpt2(name: str | Path, meta: dict | None, overrides: dict) -> tuple[GPT
     except OSError as error:
         if name not in GPT2_NAMES:
             raise
-        raise UserError(f"{name} could not be downloaded ({type(error).__name__}): go online once, or "
-                        "give the folder of a GPT-2 that transformers saved") from error
+        raise UserError(f"{name} could not be downloaded ({type(error).__name__}): go online once, "
+                        "or give the folder of a GPT-2 that transformers saved") from error
     is_gpt2s = model.config.vocab_size >= 50257
     for file in ('vocab.json', 'tokenizer.json'):
         path = Path(name) / file

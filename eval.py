@@ -49,7 +49,7 @@ def token_losses(model, machine, x, y):
         with machine.autocast():
             logits, _ = model(x, y)                             # (rows, T, V)
         loss = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction='none')
-        losses.append(loss.cpu().double().view(-1, T))          # on the CPU: a Mac's GPU has no double
+        losses.append(loss.cpu().double().view(-1, T))  # there: a Mac's GPU has no double
     return torch.cat(losses)
 
 

@@ -214,7 +214,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
         of_q, of_k = (x.to(q.dtype).expand(B, -1, -1, -1) for x in channels)  # (B, H, T, 8) each
         q = torch.cat((of_q, q), dim=3)                             # (B, H, T, D + 8)
         k = torch.cat((of_k, k), dim=3)
-        v = F.pad(v, (0, of_q.size(3)))                             # flash attention wants one width
+        v = F.pad(v, (0, of_q.size(3)))                             # flash wants one width
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, scale=D**-0.5,
                                        is_causal=mask is None)
     return y[..., :D]
@@ -646,7 +646,7 @@ def is_faster_explicitly(q: Tensor, k: Tensor, mask: Tensor | None, p: float) ->
     """Whether blockwise_attention() is faster than PyTorch's kernel on a CPU, for dropout p.
 
     That kernel does not use the CPU's units for products in 16 bits, computes what the mask hides,
-    and has no dropout. But it keeps no weights for the backward pass: those must take little memory.
+    and has no dropout. But it keeps no weights for the backward pass: they must take little memory.
     """
     n_weights = q.size(0) * q.size(1) * q.size(2) * k.size(2)
     is_weak = q.dtype != torch.float32 or mask is not None or p > 0
@@ -656,7 +656,7 @@ def is_faster_explicitly(q: Tensor, k: Tensor, mask: Tensor | None, p: float) ->
 
 def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
                         dropout: nn.Module) -> Tensor:
-    """explicit_attention(), a block of queries at a time: each leaves out the keys that follow it."""
+    """explicit_attention(), a block of queries at a time: each leaves out the keys behind it."""
     T = q.size(2)
     if mask is None:
         mask = causal_mask(torch.arange(T), T).to(q.dtype)          # (T, S)

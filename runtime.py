@@ -1,4 +1,4 @@
-"""Where a script runs: device, precision, seeds, the processes of a torchrun, and signals to stop."""
+"""Where a script runs: device, precision, seeds, torchrun's processes, and signals to stop."""
 import ctypes
 import importlib.util
 import os
@@ -46,8 +46,9 @@ def has_bf16(device: torch.device) -> bool:
 class StopSignals:
     """`received` becomes true at SIGTERM, SIGINT (Ctrl-C), SIGHUP (a closed terminal) or SIGUSR1.
 
-    A signal that the process was started to ignore, as by nohup, stays ignored. A second SIGTERM or SIGINT
-    ends the process, unless it follows within a second: torchrun passes on what the terminal sends as well.
+    A signal that the process was started to ignore, as by nohup, stays ignored. A second SIGTERM or
+    SIGINT ends the process, unless it follows within a second: torchrun passes on what the terminal
+    sends as well.
     """
 
     def __init__(self):
@@ -108,7 +109,7 @@ class Machine(NamedTuple):
         return losses.mean().item()
 
     def any(self, flag: object) -> bool:
-        """Whether the flag is true in any process. They agree on the CPU: no GPU is synchronized."""
+        """Whether the flag is true in any process. They agree on the CPU: no GPU has to wait."""
         flags = torch.tensor(bool(flag), dtype=torch.int32)
         if self.world_size > 1:
             dist.all_reduce(flags)
@@ -144,7 +145,8 @@ def choose_device(name: str) -> torch.device:
         try:
             device = torch.device(name)
         except RuntimeError as error:
-            raise UserError(f"device must be auto, cpu, cuda, cuda:1 or mps, got {name!r}") from error
+            message = f"device must be auto, cpu, cuda, cuda:1 or mps, got {name!r}"
+            raise UserError(message) from error
     if device.type not in ('cpu', found.type if found else 'cpu'):
         raise UserError(f"this machine or this PyTorch has no {device.type}: --device=auto takes "
                         "what there is")
@@ -187,7 +189,7 @@ def set_switches(device: torch.device, compile: bool) -> None:
         torch.accelerator.set_device_index(device)
     torch.set_float32_matmul_precision('high')
     if device.type == 'cpu':
-        torch.set_flush_denormal(True)  # ALiBi's far keys get probabilities like e^-90, slow on a CPU
+        torch.set_flush_denormal(True)  # far keys get probabilities like e^-90, which are slow
         keep_freed_memory()
         # inductor would add up the embedding's gradient in whatever order the threads come
         torch.use_deterministic_algorithms(compile)
@@ -226,7 +228,7 @@ def peak_memory(machine: Machine) -> dict:
 
 
 def peak_flops(machine: Machine) -> float | None:
-    """This GPU's dense peak in FLOP/s at 16 bits, or None where that is unknown or not the dtype."""
+    """This GPU's dense peak in FLOP/s at 16 bits; None where it is unknown or not the dtype."""
     if machine.device.type != 'cuda' or machine.dtype == 'float32':
         return None
     name = torch.cuda.get_device_name(machine.device)

@@ -3,7 +3,7 @@
     python sample.py --out_dir=out-shakespeare-char
     python sample.py out-shakespeare-char --start="To be" --num_samples=1 --stream
     python sample.py --out_dir=out-shakespeare-char --start=FILE:prompt.txt --temperature=0
-    python sample.py --init_from=gpt2-xl --start="The answer is" --num_samples=5 --max_new_tokens=100
+    python sample.py --init_from=gpt2-xl --start="The answer is" --num_samples=5
 
 Reads the run's ckpt.pt, else last.pt. A sample depends on the seed and its number, not on how many
 there are.
@@ -52,7 +52,7 @@ def model_name():
         names.append(init_from)
     different = {Path(name).expanduser().resolve(): name for name in names}
     if len(different) > 1:
-        raise UserError(f"give one model, not {' and '.join(map(str, different.values()))} (a prompt "
+        raise UserError(f"give one model, not {' and '.join(different.values())} (a prompt "
                         'of several words needs quotes: --start="To be or")')
     return names[0] if names else out_dir
 

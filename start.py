@@ -20,7 +20,7 @@ import checkpoint
 import runtime
 from checkpoint import RunFolder
 from configurator import UserError
-from dataset import load_meta
+from dataset import load_meta, load_split
 from model import GPT, GPTConfig
 from runtime import Machine
 
@@ -107,11 +107,13 @@ def lock(settings: SimpleNamespace) -> RunFolder:
 
 @contextmanager
 def begin(settings: SimpleNamespace, machine: Machine) -> Iterator[tuple]:
-    """Decide, lock out_dir and load: (the Start, a RunFolder, the model, the state it resumes from).
+    """Decide, lock out_dir and load: a Start, a RunFolder, the model and the state to resume from.
 
     The lock lasts as long as the context. The folder is None where nothing is written, and the
     state is {} for a new run. Nothing has moved yet: take_over() follows.
     """
+    check_settings(settings, machine.world_size)
+    load_split(settings.dataset, 'train', 1, load_meta(settings.dataset))  # before any download
     start = decide(settings)
     writes = machine.is_master and not settings.eval_only
     with lock(settings) if writes else nullcontext() as folder:
@@ -186,13 +188,13 @@ def check_settings(settings: SimpleNamespace, world_size: int) -> None:
             if not is_good(values[name]):
                 raise UserError(f"{name} must be {rule}, got {values[name]}")
     if settings.gradient_accumulation_steps < world_size:
-        raise UserError(f"gradient_accumulation_steps={settings.gradient_accumulation_steps} is too "
-                        f"small for {world_size} processes: make it a multiple of their number")
+        raise UserError(f"gradient_accumulation_steps={settings.gradient_accumulation_steps} is "
+                        f"too small for {world_size} processes: make it a multiple of their number")
     ends_early = settings.decay_lr and settings.lr_decay_iters < settings.max_iters
     if ends_early and settings.learning_rate > 0 and settings.min_lr == 0:
         raise UserError(
-            f"the learning rate is 0 from iteration lr_decay_iters={settings.lr_decay_iters} on, but "
-            f"max_iters={settings.max_iters}: set both, as in --max_iters={settings.max_iters} "
+            f"the learning rate is 0 from iteration lr_decay_iters={settings.lr_decay_iters} on, "
+            f"but max_iters={settings.max_iters}: set both, as in --max_iters={settings.max_iters} "
             f"--lr_decay_iters={settings.max_iters}")
 
 
@@ -200,8 +202,8 @@ def check_processes(settings: SimpleNamespace, machine: Machine, *plans: object)
     """Raise UserError if the processes differ in their settings or their plans."""
     shared = {name: value for name, value in vars(settings).items() if name not in LAUNCH_SETTINGS}
     if not machine.same([shared, *plans]):
-        raise UserError("the processes differ in their settings, their data or their checkpoint: all "
-                        "machines need the same command, data/ and out_dir (a shared disk)")
+        raise UserError("the processes differ in their settings, their data or their checkpoint: "
+                        "all machines need the same command, data/ and out_dir (a shared disk)")
 
 
 # ---- loading ------------------------------------------------------------------------------------
@@ -263,8 +265,9 @@ def check_optimizer(saved: dict, settings: SimpleNamespace) -> None:
                         f"from it ({from_weights})")
     before = saved['config'].get('optimizer', 'adamw')
     if before != settings.optimizer:
-        raise UserError(f"{saved['path']} was trained with optimizer={before}: resume with that, not "
-                        f"{settings.optimizer}, or start a new run from its weights ({from_weights})")
+        raise UserError(f"{saved['path']} was trained with optimizer={before}: resume with that, "
+                        f"not {settings.optimizer}, or start a new run from its weights "
+                        f"({from_weights})")
 
 
 def print_changes(saved: dict, settings: SimpleNamespace, machine: Machine) -> None:

@@ -1,10 +1,11 @@
-"""Train a GPT on a prepared data set, from scratch or from a checkpoint.
+r"""Train a GPT on a prepared data set, from scratch or from a checkpoint.
 
     python train.py config/train_shakespeare_char.py                      one GPU, or what there is
     python train.py config/train_shakespeare_char_cpu.py --batch_size=32  override any setting
     python train.py out-shakespeare-char/config.py --init_from=resume     continue that run
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
-    torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=IP --master_port=1234 train.py
+    torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=IP \
+        --master_port=1234 train.py config/train_gpt2.py
 
 Writes to out_dir: last.pt (the newest state), ckpt.pt (the best, or with always_save_checkpoint the
 newest), config.py (the settings), metrics.jsonl (a line for each log and evaluation) and loss.png.
@@ -56,7 +57,7 @@ n_embd = 768                   # channels; a multiple of n_head
 dropout = 0.0                  # 0 for pretraining, 0.1 and more for finetuning or little data
 bias = False                   # biases in LayerNorm and Linear layers
 use_alibi = False              # linear attention biases in place of position embeddings
-use_rope = False               # rotary position embeddings (Su et al. 2021) in place of learned ones
+use_rope = False               # rotary position embeddings in place of learned ones
 init_std = 0.02                # standard deviation of the initial weights; larger for few channels
 # optimizer
 optimizer = 'adamw'            # or muon: Muon for the blocks' matrices, AdamW for the rest
@@ -68,7 +69,8 @@ beta2 = 0.95                   # AdamW: decay of the running mean of the squared
 grad_clip = 1.0                # clip the gradient's norm to this; 0: no clipping
 muon_learning_rate = 0.02      # Muon's peak rate; follows the schedule of learning_rate
 muon_momentum = 0.95           # Muon: decay of the running mean of the gradient
-muon_beta2 = 0.95              # Muon: decay of the mean squares of an update's rows (NorMuon); 0: off
+muon_beta2 = 0.95              # Muon: decay of the mean squares of an update's rows (NorMuon);
+                               # 0: without NorMuon
 muon_steps = 5                 # Muon: Newton-Schulz steps, up to 5; fewer are faster, less exact
 # learning rate schedule
 decay_lr = True                # warm up and decay, or keep learning_rate throughout
@@ -99,7 +101,15 @@ from dataset import doubts, draw_batch, epoch_starts, fingerprint, load_meta, lo
 from optimizer import configure_muon, load_state, shard, whole_state
 from runtime import derive_seed
 
-A100_FLOPS = 312e12  # in bfloat16: what nanoGPT's mfu is a share of, and ours where no peak is known
+A100_FLOPS = 312e12  # in bfloat16: mfu is a share of it where the device's own peak is not known
+
+
+def read_settings():
+    """The settings as they stand, with ~ in paths expanded."""
+    settings = SimpleNamespace(**{name: globals()[name] for name in setting_names})
+    for name in ('out_dir', 'init_from', 'resume_from'):
+        setattr(settings, name, os.path.expanduser(getattr(settings, name)))
+    return settings
 
 
 # ---- an update ----------------------------------------------------------------------------------
@@ -133,7 +143,7 @@ def accumulate(model, scaler, machine, get_batch, n_batches, checkpoint_activati
 
 
 def update(params, optimizer, scaler, grad_clip):
-    """Update the params (a list) by their gradient. Returns its norm before clipping, on the device."""
+    """Update the params (a list) by their gradient. Returns its norm before clipping, a tensor."""
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
     scaler.step(optimizer)
@@ -199,7 +209,7 @@ def batch_functions(splits, config, machine):
 
 @torch.no_grad()
 def evaluate(model, machine, get_batch, stop):
-    """Mean losses of both splits, on the same batches at every call; None if a signal to stop comes."""
+    """Mean losses of both splits, on the same batches at every call; None if a stop is signaled."""
     model.eval()
     means = {}
     for split, purpose in (('train', runtime.EVAL_TRAIN), ('val', runtime.EVAL_VAL)):
@@ -228,9 +238,11 @@ def check_finite(where, last_saved, **values):
     if all(math.isfinite(value) for value in values.values()):
         return
     listed = ', '.join(f"{name} {value:.4g}" for name, value in values.items())
-    last = f"last.pt, iteration {last_saved}, is good" if last_saved else "There is no checkpoint yet"
-    raise UserError(f"{where}: {listed}. {last}. Try a lower learning_rate, grad_clip=1.0, a longer "
-                    "warm-up, or dtype=float32")
+    last = "There is no checkpoint yet"
+    if last_saved > 0:
+        last = f"last.pt, iteration {last_saved}, is good"
+    raise UserError(f"{where}: {listed}. {last}. Try a lower learning_rate, grad_clip=1.0, a "
+                    "longer warm-up, or dtype=float32")
 
 
 def clock(seconds):
@@ -341,8 +353,8 @@ run:       {max_iters:,} iterations = {max_iters * tokens / n_train:.2f} epochs
 optimizer: {rates}
 mfu:       the share of {peak / 1e12:.0f} TFLOP/s, {whose}""")
     if gradient_accumulation_steps % machine.world_size:
-        machine.print(f"gradient_accumulation_steps={gradient_accumulation_steps} is not a multiple of "
-                      f"the {machine.world_size} processes: some will sit idle")
+        machine.print(f"gradient_accumulation_steps={gradient_accumulation_steps} is not a "
+                      f"multiple of the {machine.world_size} processes: some will sit idle")
     if decay_lr and min_lr > learning_rate:
         machine.print(f"the learning rate rises, from {learning_rate:g} to min_lr={min_lr:g}: set "
                       "min_lr as well")
@@ -377,17 +389,13 @@ def print_end(machine, folder, iter_num, last_saved, best_val_loss, is_interrupt
 
 def train():
     """Train as the settings say."""
-    settings = SimpleNamespace(**{name: globals()[name] for name in setting_names})
-    for name in ('out_dir', 'init_from', 'resume_from'):
-        setattr(settings, name, os.path.expanduser(getattr(settings, name)))
+    settings = read_settings()
     machine = runtime.set_up(device, dtype, compile, is_large=n_embd >= 384)
-    start.check_settings(settings, machine.world_size)
-    meta = load_meta(dataset)
-    load_split(dataset, 'train', 1, meta)  # missing data are told before a download
     with (start.begin(settings, machine) as (beginning, folder, raw_model, saved),
           runtime.processes(machine, backend, timeout)):
         # data, model and optimizer
         T = raw_model.config.block_size  # which the weights decide
+        meta = load_meta(dataset)
         splits = {split: load_split(dataset, split, T, meta) for split in ('train', 'val')}
         data = {split: fingerprint(ids) for split, ids in splits.items()}
         is_evaluated, best_val_loss = start.evaluation_so_far(beginning, saved, data, settings,
@@ -468,8 +476,8 @@ def train():
 
             # The gradient. Its loss shows that the last update was good: only a state whose next
             # loss is finite may be saved, even where the run stops.
-            losses = accumulate(ddp_model, scaler, machine,
-                                lambda i: get_micro_batch(iter_num * gradient_accumulation_steps + i),
+            first = iter_num * gradient_accumulation_steps
+            losses = accumulate(ddp_model, scaler, machine, lambda i: get_micro_batch(first + i),
                                 gradient_accumulation_steps, checkpoint_activations)
             stopping = machine.any(stop.received)
             is_save_due = stopping or save_interval > 0 and iter_num % save_interval == 0
@@ -486,8 +494,9 @@ def train():
             if is_logged or is_evaluation_due(iter_num + 1):
                 loss = machine.mean(losses)
                 norm = norm.item()
-                # float16's gradients may overflow: its scaler then skips the step
-                values = {'loss': loss} if machine.dtype == 'float16' else {'loss': loss, 'norm': norm}
+                values = {'loss': loss, 'norm': norm}
+                if machine.dtype == 'float16':
+                    del values['norm']  # it may overflow: the scaler then skips the step
                 check_finite(f"iteration {iter_num}", last_saved, **values)
             if is_logged:
                 dt = stopwatch.seconds()
