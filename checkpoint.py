@@ -107,7 +107,9 @@ class RunFolder(AbstractContextManager):
         previous.mkdir()
         for file in files:
             file.rename(previous / file.name)
-        print(f"moved the earlier run in {self.path} to {previous}")
+        old = [file for folder in self.path.glob('previous*') for file in folder.glob('*.pt')]
+        size = sum(file.stat().st_size for file in old) / 2**30
+        print(f"moved the earlier run in {self.path} to {previous} (previous*: {size:.2f} GiB)")
 
     def unused(self, name: str, suffix: str = '') -> Path:
         """The first of name, name-2, name-3, ... that is not in the folder."""

@@ -65,10 +65,8 @@ def causal_mask(i: Tensor, S: int) -> Tensor:
 
     That is 0, and -inf where key j lies after query i.
     """
-    i = i[:, None]                                              # (T, 1)
     j = torch.arange(S, device=i.device)                        # (S,)
-    zeros = torch.zeros_like(i - j, dtype=torch.float32)        # (T, S)
-    return zeros.masked_fill(j > i, -math.inf)
+    return torch.where(j > i[:, None], -math.inf, 0.0).float()
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -156,7 +154,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     The scores of rotated queries and keys depend on the distance i - j alone.
     """
     swapped = x.roll(x.size(-1) // 2, dims=-1)                  # each channel's partner
-    return (x * cos + swapped * sin).to(x.dtype)
+    return x * cos + swapped * sin
 
 
 # ---- the key/value cache ---------------------------------------------------------------------
@@ -264,12 +262,12 @@ class CausalSelfAttention(nn.Module):
             k = rotate(k, *angles)
         if cache is not None:
             k, v = cache.extend(k, v)                               # (B, H, S, D) each
+        p = self.dropout if self.training else 0.0
         if not self.flash:
             y = explicit_attention(q, k, v, mask, self.attn_dropout)
-        elif is_faster_explicitly(q, k):
+        elif is_faster_explicitly(q, k, mask, p):
             y = blockwise_attention(q, k, v, mask, self.attn_dropout)
         else:
-            p = self.dropout if self.training else 0.0
             y = fused_attention(q, k, v, mask, channels, p)         # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)                      # heads side by side again
         return self.resid_dropout(self.c_proj(y))
@@ -403,7 +401,8 @@ class GPT(nn.Module):
         elif self.config.use_alibi:
             mask = alibi_bias(self.slopes, i, S)                    # (1, H, T, S)
         if self.config.use_rope:
-            context['angles'] = rotary_angles(i, D)                 # (T, D) each
+            cos, sin = rotary_angles(i, D)                          # (T, D) each
+            context['angles'] = (cos.to(dtype), sin.to(dtype))
         if mask is not None:
             context['mask'] = mask.to(dtype)
         return i, context
@@ -621,37 +620,51 @@ class HeadLoss(torch.autograd.Function):
 # ---- only for speed on a CPU -----------------------------------------------------------------
 
 class Dropout(nn.Dropout):
-    """torch.nn.Dropout. On a CPU most of its time goes into random numbers: 16 bits of them do."""
+    """torch.nn.Dropout. On a CPU most of its time goes into random numbers: 15 bits of them do.
+
+    Masks are made of integers: of -1, all of whose bits are ones, and 0.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        drawn = round(self.p * 2**16)                               # p, to one part in 65,536
-        is_slow = self.training and x.device.type == 'cpu' and not torch.compiler.is_compiling()
-        if not is_slow or drawn in (0, 2**16):
+        if not self.training:
+            return x
+        drawn = round(self.p * 2**15)                               # p, to one part in 32,768
+        is_slow = x.device.type == 'cpu' and not torch.compiler.is_compiling()
+        if not is_slow or drawn in (0, 2**15):
             return super().forward(x)
         n = x.numel()
-        bits = torch.empty(-(-n // 4), dtype=torch.int64).random_(-2**63, None)
-        bits = bits.view(torch.int16)[:n].view(x.shape)
-        return x * (bits >= drawn - 2**15) * (2**16 / (2**16 - drawn))
+        bits = torch.empty(-(-n // 4), dtype=torch.int64).random_(-2**63, None).view(torch.int16)
+        bits = bits[:n].view(x.shape).bitwise_and_(2**15 - 1)       # from 0 to 2^15 - 1
+        kept = bits.neg_().add_(drawn - 1).bitwise_right_shift_(15)  # -1 where bits >= drawn, or 0
+        integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+        scale = torch.tensor(2**15 / (2**15 - drawn), dtype=x.dtype)
+        factor = kept.to(integer).bitwise_and_(scale.view(integer)).view(x.dtype)  # scale or 0
+        return x * factor
 
 
-def is_faster_explicitly(q: Tensor, k: Tensor) -> bool:
-    """Whether blockwise_attention() is faster than PyTorch's kernel, for q (B, H, T, D), k (B, H, S, D).
+def is_faster_explicitly(q: Tensor, k: Tensor, mask: Tensor | None, p: float) -> bool:
+    """Whether blockwise_attention() is faster than PyTorch's kernel on a CPU, for dropout p.
 
-    On a CPU it is, as long as its weights take little memory: the kernel does not use the units
-    for products in 16 bits, and has no dropout.
+    That kernel does not use the CPU's units for products in 16 bits, computes what the mask hides,
+    and has no dropout. But it keeps no weights for the backward pass: those must take little memory.
     """
-    is_small = q.size(2) > 1 and q.size(0) * q.size(1) * q.size(2) * k.size(2) <= 2**26
-    return q.device.type == 'cpu' and is_small and not torch.compiler.is_compiling()
+    n_weights = q.size(0) * q.size(1) * q.size(2) * k.size(2)
+    is_weak = q.dtype != torch.float32 or mask is not None or p > 0
+    is_possible = q.device.type == 'cpu' and not torch.compiler.is_compiling()
+    return is_possible and is_weak and q.size(2) > 1 and n_weights <= 2**26
 
 
 def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
                         dropout: nn.Module) -> Tensor:
     """explicit_attention(), a block of queries at a time: each leaves out the keys that follow it."""
-    T, S = q.size(2), k.size(2)
+    T = q.size(2)
     if mask is None:
         mask = causal_mask(torch.arange(T), T).to(q.dtype)          # (T, S)
-    if S != T:                                                      # a cache: any query sees any key
+    if k.size(2) != T:                                              # with a cache
         return explicit_attention(q, k, v, mask, dropout)
+    q = q.contiguous()                                              # once, not for each block
+    k = k.contiguous()
+    v = v.contiguous()
     blocks = []
     for first in range(0, T, 256):
         end = min(first + 256, T)

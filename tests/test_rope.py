@@ -31,7 +31,8 @@ def test_angles_are_computed_in_float32_under_autocast(dtype):
             assert ours.dtype == torch.float32 and torch.equal(ours, expected)
     x = torch.randn(10, 8, generator=torch.Generator().manual_seed(0))
     rotated = rotate(x, *exact).to(dtype)
-    torch.testing.assert_close(rotate(x.to(dtype), *exact), rotated, rtol=0, atol=2e-2)
+    rounded = [angle.to(dtype) for angle in exact]                  # as GPT.locate() rounds them, once
+    torch.testing.assert_close(rotate(x.to(dtype), *rounded), rotated, rtol=0, atol=3e-2)
 
 
 def test_one_graph():

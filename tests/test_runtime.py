@@ -10,6 +10,7 @@ import torch
 from conftest import REPO, run_script
 
 import runtime
+from configurator import UserError
 from runtime import Machine, StopSignals, derive_seed, peak_flops, set_up
 
 
@@ -39,6 +40,15 @@ def test_auto(computer, device, options, chosen):
     machine = set_up()
     assert (machine.device.type, machine.dtype, machine.compile) == chosen
     assert set_up(dtype='float32', compile=not chosen[2])[1:3] == ('float32', not chosen[2])
+
+
+@pytest.mark.parametrize('device, words', [
+    ('gpu', "device must be auto, cpu, cuda, cuda:1 or mps, got 'gpu'"),
+    ('cuda', 'no cuda: --device=auto takes what there is'), ('mps', 'no mps: --device=auto')])
+def test_a_device_that_is_not_there_is_one_line(computer, device, words):
+    computer(None)
+    with pytest.raises(UserError, match=words):
+        set_up(device=device)
 
 
 @pytest.mark.parametrize('is_large, has_bf16, dtype', [
