@@ -25,6 +25,7 @@ import shutil
 import statistics
 import sys
 import textwrap
+from datetime import timedelta
 from json import dumps
 from pathlib import Path
 from typing import NamedTuple
@@ -61,17 +62,8 @@ class Run(NamedTuple):
 
     def seconds(self) -> float | None:
         """How long it took in all, or None where that was not logged."""
-        elapsed = [record['elapsed'] for record in self.records if 'elapsed' in record]
-        return elapsed[-1] if elapsed else None
-
-    def seconds_of_updates(self) -> float | None:
-        """How long its updates took, by the mean times in the log; None without any."""
-        total, n = 0.0, 0
-        for record in self.records:
-            if 'ms' in record:
-                total += record['ms'] / 1000 * (record['iter'] + 1 - n)  # of those since the last
-                n = record['iter'] + 1
-        return total * self.n_iters() / n if n else None
+        times = [record['elapsed'] for record in self.records if 'elapsed' in record]
+        return times[-1] if times else None
 
 
 def read_run(folder: str | Path) -> Run:
@@ -140,12 +132,11 @@ def final_loss(group: list[Run]) -> tuple[float, float | None]:
 
 def differing_settings(groups: list[list[Run]]) -> list[str]:
     """The names of the settings in which the groups differ."""
-    everything = [group[0].settings for group in groups]
-    names = dict.fromkeys(name for settings in everything for name in settings)
-
-    def differs(name):
-        return len({repr(settings[name]) for settings in everything if name in settings}) > 1
-    return [name for name in names if differs(name)]
+    values = {}
+    for run, *_ in groups:
+        for name, value in run.settings.items():
+            values.setdefault(name, set()).add(repr(value))
+    return [name for name in values if len(values[name]) > 1]
 
 
 def make_rows(groups: list[list[Run]]) -> list[dict]:
@@ -156,9 +147,6 @@ def make_rows(groups: list[list[Run]]) -> list[dict]:
         best, best_error = mean_and_error([min(run.curve('val').values()) for run in group])
         final, final_error = final_loss(group)
         times = [run.seconds() for run in group]
-        is_whole_time = None not in times
-        if not is_whole_time:
-            times = [run.seconds_of_updates() for run in group]
         rows.append({
             'name': group_name(group),
             'runs': [run.name for run in group],
@@ -170,7 +158,6 @@ def make_rows(groups: list[list[Run]]) -> list[dict]:
             'final_val_loss_error': final_error,
             'iterations': [run.n_iters() for run in group],
             'seconds': None if None in times else statistics.mean(times),
-            'time_is_of_updates_alone': not is_whole_time,
         })
     return rows
 
@@ -179,80 +166,29 @@ def show_loss(mean: float, error: float | None) -> str:
     return f'{mean:.4f}' if error is None else f'{mean:.4f}±{error:.4f}'
 
 
-def show_time(seconds: float | None, of_updates: bool) -> str:
-    if seconds is None:
-        return '-'
-    mark = '~' if of_updates else ''
-    for unit, size in (('s', 1), ('min', 60)):
-        if seconds < 100 * size:
-            return f'{mark}{seconds / size:.0f} {unit}'
-    return f'{mark}{seconds / 3600:.1f} h'
-
-
-def show_value(value: object) -> str:
-    return f'{value:.6g}' if type(value) is float else str(value)
-
-
-def show_numbers(row: dict) -> dict[str, str]:
-    """What a row says in numbers, by the heading of the column."""
-    low, high = min(row['iterations']), max(row['iterations'])
-    return {
-        'seeds': str(len(row['runs'])),
-        'best\nval loss': show_loss(row['best_val_loss'], row['best_val_loss_error']),
-        'final\nval loss': show_loss(row['final_val_loss'], row['final_val_loss_error']),
-        'iters': str(high) if low == high else f'{low}-{high}',
-        'time': show_time(row['seconds'], row['time_is_of_updates_alone']),
-    }
-
-
-def lay_out(table: list[dict[str, str]]) -> tuple[list[str], list[str]]:
-    """The lines of a table's headings, and those of its rows. The first column is aligned left."""
-    height = max(heading.count('\n') + 1 for heading in table[0])
-    lines = [''] * (height + len(table))
-    for heading in table[0]:
-        words = heading.split('\n')
-        column = [''] * (height - len(words)) + words + [row[heading] for row in table]
-        width = max(map(len, column))
-        for i, cell in enumerate(column):
-            lines[i] += f'  {cell:>{width}}' if lines[i] else f'{cell:<{width}}'
-    lines = [line.rstrip() for line in lines]
-    return lines[:height], lines[height:]
+def format_row(row: dict, width: int) -> str:
+    """A row as text: its numbers, then its name and settings, in several lines if need be."""
+    best = show_loss(row['best_val_loss'], row['best_val_loss_error'])
+    final = show_loss(row['final_val_loss'], row['final_val_loss_error'])
+    reached = sorted({min(row['iterations']), max(row['iterations'])})
+    iters = '-'.join(map(str, reached))
+    time = '-' if row['seconds'] is None else timedelta(seconds=round(row['seconds']))
+    numbers = f'{best:>13}  {final:>14}  {iters:>6}  {time!s:>8}  '
+    words = [row['name']]
+    if len(row['runs']) > 1:
+        words.append(f"({len(row['runs'])} seeds)")
+    words += [f'{name}={value}' for name, value in row['settings'].items()]
+    return textwrap.fill(' '.join(words), width, initial_indent=numbers,
+                         subsequent_indent=' ' * (len(numbers) + 2), break_long_words=False,
+                         break_on_hyphens=False)
 
 
 def format_table(rows: list[dict], width: int = 80) -> str:
-    """The table as text.
-
-    A name and its settings stand beside the numbers, or above them where that is wider than width.
-    """
-    names = [row['name'] for row in rows]
-    settings = [
-        {key: show_value(value) for key, value in row['settings'].items()}
-        for row in rows]
-    numbers = [show_numbers(row) for row in rows]
-    has_groups = any(len(row['runs']) > 1 for row in rows)
-    if not has_groups:
-        for cells in numbers:
-            del cells['seeds']
-
-    table = []
-    for name, some, cells in zip(names, settings, numbers):
-        columns = {key.replace('_', '_\n'): value for key, value in some.items()}
-        table.append({'run': name, **columns, **cells})
-    headings, lines = lay_out(table)
-    if max(map(len, headings + lines)) > width:
-        headings, below = lay_out([{'': 4 * ' ', **cells} for cells in numbers])
-        lines = []
-        for name, some, line in zip(names, settings, below):
-            text = ' '.join([name, *(f'{key}={value}' for key, value in some.items())])
-            lines += textwrap.wrap(text, width, subsequent_indent='    ', break_long_words=False,
-                                   break_on_hyphens=False)
-            lines.append(line)
-
-    lines = headings + lines
-    if has_groups:
+    """The table as text. Only a long word makes it wider than width."""
+    lines = ['best val loss  final val loss   iters      time  run']
+    lines += [format_row(row, width) for row in rows]
+    if any(len(row['runs']) > 1 for row in rows):
         lines.append("±: standard error of the mean of the seeds")
-    if any(row['time_is_of_updates_alone'] for row in rows):
-        lines.append("~: the time of the updates, without evaluations and checkpoints")
     return '\n'.join(lines)
 
 
@@ -292,6 +228,7 @@ def draw(groups: list[list[Run]], path: str | Path, kinds: str = '') -> None:
 
     kinds: of batch, train and val, with commas between; '': of one run all, of several val.
     """
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
     is_single = len(groups) == len(groups[0]) == 1
     wanted = (kinds or ('batch,train,val' if is_single else 'val')).split(',')
@@ -306,7 +243,8 @@ def draw(groups: list[list[Run]], path: str | Path, kinds: str = '') -> None:
     figure = Figure(figsize=(8, 4.8 + 0.21 * n_lines), layout='constrained')  # room for the legend
     axes = figure.subplots()
     late = []
-    for group, color in zip(groups, choose_colors(len(groups))):
+    for i, group in enumerate(groups):
+        color = f'C{i}' if len(groups) <= 10 else colormaps['turbo'](i / len(groups))
         for kind in drawn:
             late += draw_curve(axes, group, kind, None if is_single else color)
     if late:                                            # the first steep fall would hide the rest
@@ -332,23 +270,14 @@ def draw(groups: list[list[Run]], path: str | Path, kinds: str = '') -> None:
     figure.clear()                                      # else it takes a while to be collected
 
 
-def choose_colors(n: int) -> list:
-    """A color for each of n lines."""
-    from matplotlib import colormaps
-    if n <= 10:
-        return [f'C{i}' for i in range(n)]
-    return [colormaps['turbo'](i / (n - 1)) for i in range(n)]
-
-
 def make_title(groups: list[list[Run]]) -> str:
     n_runs = sum(map(len, groups))
     if n_runs == 1:
-        best = min(groups[0][0].curve('val').values())
-        return f'{shorten(groups[0][0].name, 50)}: best val loss {best:.4f}'
+        run = groups[0][0]
+        return f"{shorten(run.name, 50)}: best val loss {min(run.curve('val').values()):.4f}"
     if n_runs == len(groups):
         return f'{n_runs} runs'
-    kinds = 'one group' if len(groups) == 1 else f'{len(groups)} groups'
-    return f'{n_runs} runs in {kinds}: mean of the seeds and its standard error'
+    return f'{n_runs} runs: mean of the seeds and its standard error'
 
 
 def compare():
@@ -356,13 +285,11 @@ def compare():
     if not runs:
         raise UserError("give the folders of runs, such as python plot.py out-shakespeare-char")
     groups = read_groups(runs)
+    rows = make_rows(groups)
+    print(dumps(rows) if json else format_table(rows, shutil.get_terminal_size().columns))
     target = file or (Path(runs[0]) / 'loss.png' if len(runs) == 1 else 'runs.png')
     draw(groups, target, curves)
-    rows = make_rows(groups)
-    if json:
-        print(dumps(rows))
-    else:
-        print(format_table(rows, shutil.get_terminal_size().columns))
+    if not json:
         print(target)
 
 

@@ -112,8 +112,9 @@ def test_the_sweep(checkout, tmp_path):
     small = [option for option in tiny(max_iters=2) if 'learning_rate' not in option]
     done = subprocess.run(['bash', 'examples/sweep.sh', *small], cwd=tmp_path / 'repo', text=True,
                           env=environment(PATH=path), capture_output=True, check=True)
-    rows = [line.split()[:3] for line in done.stdout.splitlines() if line.startswith('out-0.')]
-    assert rows == [[f'out-{rate}-*', rate, '2'] for rate in ('0.005', '0.025', '0.125')]
+    table = done.stdout.split('best val loss  final val loss')[1]
+    for rate in ('0.005', '0.025', '0.125'):
+        assert re.search(rf'out-{rate}-\* \(2 seeds\)\s+muon_learning_rate={rate}\n', table), table
     assert len(list((tmp_path / 'repo').glob('out-*/last.pt'))) == 6
     assert (tmp_path / 'repo/rates.png').exists()
 

@@ -15,14 +15,14 @@ def make_run(tmp_path, monkeypatch):
     """A function: write the folder of a run, with evaluations at iterations 0, 10, 20, ..."""
     monkeypatch.chdir(tmp_path)
 
-    def make(name, val_losses, ms=(), elapsed=(), **settings):
+    def make(name, val_losses, losses=(), elapsed=(), **settings):
         folder = tmp_path / name
         folder.mkdir()
         records = [{'iter': 10 * i, 'train_loss': loss - 1, 'val_loss': loss}
                    for i, loss in enumerate(val_losses)]
         for record, seconds in zip(records, elapsed):
             record['elapsed'] = seconds
-        records += [{'iter': i, 'loss': 2.5, 'ms': value} for i, value in ms]
+        records += [{'iter': i, 'loss': 2.5} for i in losses]
         records.sort(key=lambda record: (record['iter'], 'loss' in record))
         (folder / 'metrics.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in records))
         if settings:
@@ -52,10 +52,9 @@ def test_runs_that_differ_in_their_seed_alone_are_a_row(sweep):
     names = ('best_val_loss', 'best_val_loss_error', 'final_val_loss', 'final_val_loss_error')
     assert [rows[0][name] for name in names] == pytest.approx([2.15, 0.05, 2.45, 0.15])
     lines = plot.format_table(rows).splitlines()
-    assert [line.split() for line in lines[2:5]] == [
-        ['out-0.1-*', '0.1', '2', '2.1500±0.0500', '2.4500±0.1500', '20', '-'],
-        ['out-0.2-*', '0.2', '2', '1.1500±0.0500', '1.4500±0.1500', '20', '-'],
-        ['out-0.3-*', '0.3', '2', '3.1500±0.0500', '3.4500±0.1500', '20', '-']]
+    assert [line.split() for line in lines[1:3]] == [
+        ['2.1500±0.0500', '2.4500±0.1500', '20', '-', 'out-0.1-*', '(2', 'seeds)'],
+        ['learning_rate=0.1']]
     assert max(map(len, lines)) <= 80
 
 
@@ -74,21 +73,20 @@ def test_what_is_a_group(make_run, other, n_groups):
     assert len(plot.read_groups(folders)) == n_groups
 
 
-def test_the_time_of_a_run(make_run):
-    """elapsed where there is one; else 1 + 10 + 9 updates of 1000, 200 and 300 ms, or 5.7 s."""
-    ms = [(0, 1000), (10, 200), (19, 300)]
-    assert plot.read_run(make_run('a', [4, 3], ms=ms, elapsed=[1, 7])).seconds() == 7
-    run = plot.read_run(make_run('b', [4, 3, 2], ms=ms))
-    assert (run.seconds(), run.n_iters()) == (None, 20)
-    assert run.seconds_of_updates() == pytest.approx(5.7)
-    # the last log is that of update 10, so half of the updates took an unknown time: 3.0 s for 11
-    run = plot.read_run(make_run('c', [4, 3, 2], ms=ms[:2]))
-    assert run.seconds_of_updates() == pytest.approx(3.0 / 11 * 20)
-    shown = [plot.show_time(seconds, seconds > 100) for seconds in (7, 100, 5999, 36000)]
-    assert shown == ['7 s', '2 min', '~100 min', '~10.0 h']
+def test_time_and_iterations(make_run):
+    """Of seeds that have come to different points, and of a run before its time was logged."""
+    common = dict(learning_rate=0.1)
+    folders = [make_run('a1', [4, 3, 2], elapsed=[1, 2000, 3600], seed=1, **common),
+               make_run('a2', [4, 3], elapsed=[1, 3800], losses=[14], seed=2, **common),
+               make_run('b', [4, 3], losses=[11], seed=1)]
+    rows = plot.make_rows(plot.read_groups(folders))
+    assert [row['seconds'] for row in rows] == [3700, None]
+    assert [row['iterations'] for row in rows] == [[20, 15], [12]]  # update 14 is the 15th
+    lines = plot.format_table(rows).splitlines()
+    assert lines[1].split()[2:4] == ['15-20', '1:01:40'] and lines[2].split()[2:4] == ['12', '-']
 
 
-def test_settings_stand_above_the_numbers_where_they_do_not_fit(make_run):
+def test_settings_are_wrapped(make_run):
     many = ('weight_decay', 'learning_rate', 'muon_learning_rate', 'init_std', 'beta1', 'beta2')
     folders = [make_run(f'a-long-name-number-{i}', [4, 3], **dict.fromkeys(many, i / 10))
                for i in (1, 2)]
@@ -97,7 +95,7 @@ def test_settings_stand_above_the_numbers_where_they_do_not_fit(make_run):
     text = ' '.join(' '.join(lines).split())
     for i in (1, 2):
         listed = ' '.join(f'{name}=0.{i}' for name in many)
-        assert f'a-long-name-number-{i} {listed} 3.0000 3.0000 10 -' in text
+        assert f'3.0000 3.0000 10 - a-long-name-number-{i} {listed}' in text
 
 
 def test_the_script(make_run, sweep, checkout, tmp_path):
@@ -130,7 +128,7 @@ def test_the_picture(sweep, make_run, tmp_path):
     plot.plot_losses(sweep, tmp_path / 'a.svg')
     words = svg_text(tmp_path / 'a.svg')
     for label in ('1.4500±0.1500  out-0.2-*', 'val loss (nats per token)', 'final val loss',
-                  '6 runs in 3 groups: mean of the seeds and its standard error'):
+                  '6 runs: mean of the seeds and its standard error'):
         assert label in words
     plot.plot_losses(sweep[:1], tmp_path / 'b.svg')
     words = svg_text(tmp_path / 'b.svg')
