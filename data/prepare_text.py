@@ -1,13 +1,16 @@
 """Make a data set of your own text.
 
-    python data/prepare_text.py FILE... --dataset=mine          its characters, for a small model from scratch
-    python data/prepare_text.py FILE... --dataset=mine --bpe    GPT-2's tokens, for finetuning and large texts
+    python data/prepare_text.py FILE... --dataset=mine
+        its characters, for a small model from scratch
+    python data/prepare_text.py FILE... --dataset=mine --bpe
+        GPT-2's tokens, for finetuning and large texts
     python data/prepare_text.py FILE... --dataset=mine --vocab_of=pydocs_char
-                                                                to finetune a model trained on that data set
+        to finetune a model that was trained on pydocs_char
 
-A FILE is a UTF-8 text, a folder (all its *.txt, sorted) or - for stdin; several are joined by newlines.
-Writes train.bin (the first 90%), val.bin and, except for GPT-2's tokens, meta.pkl into data/mine, in place of
-an earlier data set. For a corpus of many documents see data/openwebtext/prepare.py --data_files.
+A FILE is a UTF-8 text, a folder (all its *.txt, sorted) or - for stdin; several are joined by
+newlines. Writes train.bin (the first 90%), val.bin and, except for GPT-2's tokens, meta.pkl into
+data/mine, in place of an earlier data set. For a corpus of many documents see
+data/openwebtext/prepare.py --data_files.
 """
 import glob
 import os
@@ -40,21 +43,27 @@ def matching_files(patterns: list[str]) -> list[str]:
 
 
 def start_over(folder: Path) -> None:
-    """Make the folder, or empty it of an old data set. Write train.bin last: nothing trains without it."""
+    """Make the folder, or empty it of an old data set.
+
+    Write train.bin last: nothing trains without it.
+    """
     folder.mkdir(exist_ok=True)
     for name in ('train.bin', 'val.bin', 'meta.pkl'):
         (folder / name).unlink(missing_ok=True)
 
 
-def write_splits(folder: str | Path, text: str, meta: dict | None, val_fraction: float = 0.1) -> None:
+def write_splits(folder: str | Path, text: str, meta: dict | None,
+                 val_fraction: float = 0.1) -> None:
     """Write a text as a data set, its last val_fraction as the val split. Prints the sizes.
 
-    meta: the vocabulary; None stands for GPT-2's BPE, which reads "<|endoftext|>" as the end-of-text token.
+    meta: the vocabulary; None is GPT-2's BPE, which reads "<|endoftext|>" as the end of a text.
     Raises UserError, before anything is written, if the text cannot be tokenized.
     """
-    folder, encode = Path(folder), tokenizer(meta).encode
+    folder = Path(folder)
+    encode = tokenizer(meta).encode
     n_train = int(len(text) * (1 - val_fraction))
-    train, val = (np.array(encode(part), dtype=token_type(meta)) for part in (text[:n_train], text[n_train:]))
+    train = np.array(encode(text[:n_train]), dtype=token_type(meta))
+    val = np.array(encode(text[n_train:]), dtype=token_type(meta))
     start_over(folder)
     if meta is not None:
         with atomic_write(folder / 'meta.pkl') as file:
@@ -66,9 +75,10 @@ def write_splits(folder: str | Path, text: str, meta: dict | None, val_fraction:
 
 
 def own_folder(dataset: str) -> Path:
-    """The folder data/<dataset>, for a data set of the user's own. Raises UserError for another name."""
+    """The folder data/<dataset> of the user's own. Raises UserError for a name that is not free."""
     if not re.fullmatch(r'\w[\w.-]*', dataset):
-        raise UserError(f"--dataset is the name of a folder in data/, such as mine, got {dataset!r}")
+        raise UserError("--dataset is the name of a folder in data/, such as mine, got "
+                        f"{dataset!r}")
     if (DATA / dataset / 'prepare.py').exists():
         raise UserError(f"data/{dataset} has a prepare.py of its own: choose another --dataset")
     return DATA / dataset
@@ -76,7 +86,8 @@ def own_folder(dataset: str) -> Path:
 
 def read_text(names: list[str]) -> str:
     """The text of all files, joined. Raises UserError if it cannot be read or is too short."""
-    files, texts = [], []
+    files = []
+    texts = []
     for name in names:
         files += sorted(Path(name).glob('*.txt')) if Path(name).is_dir() else [name]
     for file in files:
@@ -87,7 +98,8 @@ def read_text(names: list[str]) -> str:
             raise UserError(f"{file} can't be read as UTF-8: {error}") from error
     text = '\n'.join(texts).replace('\r\n', '\n').replace('\r', '\n')
     if len(text) < 1000:
-        raise UserError(f"{', '.join(names)}: only {len(text)} characters, but a model needs thousands")
+        raise UserError(f"{', '.join(names)}: only {len(text)} characters, but a model needs "
+                        "thousands")
     return text
 
 
@@ -95,13 +107,22 @@ if __name__ == '__main__':
     print_user_errors()
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument('files', nargs='+', metavar='FILE', help="the text")
-    parser.add_argument('--dataset', required=True, metavar='NAME', help="the folder in data/ to write to")
+    parser.add_argument('--dataset', required=True, metavar='NAME',
+                        help="the folder in data/ to write to")
     vocabulary = parser.add_mutually_exclusive_group()
-    vocabulary.add_argument('--bpe', action='store_true', help="GPT-2's tokens instead of characters")
-    vocabulary.add_argument('--vocab_of', metavar='NAME', help="the vocabulary of this folder in data/")
+    vocabulary.add_argument('--bpe', action='store_true',
+                            help="GPT-2's tokens instead of characters")
+    vocabulary.add_argument('--vocab_of', metavar='NAME',
+                            help="the vocabulary of this folder in data/")
     arguments = parser.parse_args()
-    folder, text = own_folder(arguments.dataset), read_text(arguments.files)
+    folder = own_folder(arguments.dataset)
+    text = read_text(arguments.files)
     if arguments.vocab_of and not (DATA / arguments.vocab_of / 'meta.pkl').exists():
         raise UserError(f"no data/{arguments.vocab_of}/meta.pkl: prepare that data set first")
-    meta = load_meta(str(DATA / arguments.vocab_of)) if arguments.vocab_of else char_meta(text)
-    write_splits(folder, text, None if arguments.bpe else meta)
+    if arguments.bpe:
+        meta = None
+    elif arguments.vocab_of:
+        meta = load_meta(str(DATA / arguments.vocab_of))
+    else:
+        meta = char_meta(text)
+    write_splits(folder, text, meta)

@@ -71,6 +71,8 @@ def test_data_sets_on_another_disk(fresh, tmp_path):
         if (fresh / 'data' / name).exists():
             (fresh / 'data' / name).rename(tmp_path / f'disk-{name}')
         (fresh / 'data' / name).symlink_to(tmp_path / f'disk-{name}')
+    (fresh / 'data').rename(tmp_path / 'disk-data')                 # and data/ itself
+    (fresh / 'data').symlink_to(tmp_path / 'disk-data')
     (fresh / 'my.txt').write_text('some text\n' * 200)
     prepare_text(fresh, 'my.txt')
     run_script(fresh, 'data/pydocs_char/prepare.py')

@@ -1,13 +1,17 @@
-"""Make the FineWeb data set (Penedo et al. 2024, arXiv 2406.17557): its 10B-token sample in GPT-2's BPE.
+"""Make the FineWeb data set (Penedo et al. 2024, arXiv 2406.17557), 10B tokens in GPT-2's BPE.
 
-    python data/fineweb/prepare.py                                all 103 train shards: 10 billion tokens
-    python data/fineweb/prepare.py --shards 10                    the first ten: a billion
-    python data/fineweb/prepare.py --data_files 'shards/*.bin'    local files of the same format
+    python data/fineweb/prepare.py
+        all 103 train shards: 10 billion tokens
+    python data/fineweb/prepare.py --shards 10
+        the first ten: a billion
+    python data/fineweb/prepare.py --data_files 'shards/*.bin'
+        local files of the same format
 
-The shards are those of llm.c as the Hugging Face hub has them, 100 million tokens each, and one more for val.
-Each is downloaded, appended to train.bin or val.bin in .preparing/ and removed: 21 GB of disk for all. At the
-end both move to this folder. After an interruption the same command resumes behind the last complete shard.
-Of local files, those with "val" as a word of their name (fineweb_val_000000.bin) are for val.bin.
+The shards are those of llm.c as the Hugging Face hub has them, 100 million tokens each, and one
+more for val. Each is downloaded, appended to train.bin or val.bin in .preparing/ and removed:
+21 GB of disk for all. At the end both move to this folder. After an interruption the same command
+resumes behind the last complete shard. Of local files, those with "val" as a word of their name
+(fineweb_val_000000.bin) are for val.bin.
 """
 import json
 import os
@@ -41,24 +45,26 @@ def split_local_files(patterns: list[str]) -> tuple[list[str], list[str]]:
     val = [file for file in files if 'val' in re.split('[^a-z]+', Path(file).stem.lower())]
     train = [file for file in files if file not in val]
     if not train or not val:
-        raise UserError(f"{' '.join(patterns)}: {len(train)} files for train and {len(val)} for val, named "
-                        f"like {VAL_SHARD}, but each needs at least one")
+        raise UserError(f"{' '.join(patterns)}: {len(train)} files for train and {len(val)} for "
+                        f"val, named like {VAL_SHARD}, but each needs at least one")
     return train, val
 
 
 def read_shard(path: str | Path) -> np.memmap:
-    """The token ids of a shard, (N,) uint16, mapped from its file. Raises UserError for an unusable file."""
-    header, size = np.fromfile(path, dtype='<i4', count=256).tolist(), os.path.getsize(path)
+    """The token ids of a shard, (N,) uint16, mapped from its file. Raises UserError if unusable."""
+    header = np.fromfile(path, dtype='<i4', count=256).tolist()
+    size = os.path.getsize(path)
     if header[:2] != [MAGIC, VERSION] or size != HEADER_BYTES + header[2] * TOKEN.itemsize:
-        raise UserError(f"{path} is truncated or not a shard of GPT-2 tokens: {size:,} bytes with the header "
-                        f"{header[:3]}, not [{MAGIC}, {VERSION}, number of tokens]")
+        raise UserError(f"{path} is truncated or not a shard of GPT-2 tokens: {size:,} bytes with "
+                        f"the header {header[:3]}, not [{MAGIC}, {VERSION}, number of tokens]")
     return np.memmap(path, dtype=TOKEN, mode='r', offset=HEADER_BYTES)
 
 
 def append_shards(path: Path, shards: list[str], is_local: bool) -> None:
     """Write the ids of all shards to path, one shard after another.
 
-    For downloads a .json file beside path lists its size in bytes after each shard, to resume from there.
+    For downloads a .json file beside path lists its size in bytes after each shard, to resume
+    from there.
     """
     progress = path.with_suffix('.json')
     path.touch()
@@ -70,13 +76,14 @@ def append_shards(path: Path, shards: list[str], is_local: bool) -> None:
             if is_local:
                 file.write(read_shard(shard))
                 continue
-            download = hf_hub_download(SOURCE, shard, repo_type='dataset', local_dir=path.parent / 'download')
+            download = hf_hub_download(SOURCE, shard, repo_type='dataset',
+                                       local_dir=path.parent / 'download')
             try:
                 file.write(read_shard(download))
             finally:
                 os.remove(download)                                 # a damaged one must not stay
             file.flush()
-            os.fsync(file.fileno())                                 # on the disk before its size is listed
+            os.fsync(file.fileno())                                 # before its size is listed
             sizes.append(file.tell())
             with atomic_write(progress, 'x') as progress_file:
                 json.dump(sizes, progress_file)
@@ -85,17 +92,21 @@ def append_shards(path: Path, shards: list[str], is_local: bool) -> None:
 if __name__ == '__main__':
     print_user_errors()
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument('--shards', type=int, default=103, metavar='N', help="the first N train shards")
+    parser.add_argument('--shards', type=int, default=103, metavar='N',
+                        help="the first N train shards")
     parser.add_argument('--data_files', nargs='+', metavar='FILE', help="local files, or patterns")
     arguments = parser.parse_args()
-    train, val, new = TRAIN_SHARDS[:arguments.shards], [VAL_SHARD], here / '.preparing'
+    train = TRAIN_SHARDS[:arguments.shards]
+    val = [VAL_SHARD]
+    new = here / '.preparing'
     if arguments.data_files:
         train, val = split_local_files(arguments.data_files)
-        shutil.rmtree(new, ignore_errors=True)                      # it may hold a part of other shards
+        shutil.rmtree(new, ignore_errors=True)                      # it may hold other shards
     new.mkdir(exist_ok=True)
     for name, shards in (('val', val), ('train', train)):
         append_shards(new / f'{name}.bin', shards, is_local=bool(arguments.data_files))
-        print(f"{here / name}.bin: {(new / f'{name}.bin').stat().st_size // TOKEN.itemsize:,} tokens")
+        n_tokens = (new / f'{name}.bin').stat().st_size // TOKEN.itemsize
+        print(f"{here / name}.bin: {n_tokens:,} tokens")
     start_over(here)
     os.replace(new / 'val.bin', here / 'val.bin')
     os.replace(new / 'train.bin', here / 'train.bin')

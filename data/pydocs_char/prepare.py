@@ -1,8 +1,9 @@
-"""Make a character-level data set of Python's language reference, which every CPython brings: works offline.
+"""Make a character-level data set of Python's language reference: works offline.
 
     python data/pydocs_char/prepare.py
 
-Writes train.bin, val.bin and meta.pkl into this folder. The text differs a little between Python versions.
+Every CPython brings it. Writes train.bin, val.bin and meta.pkl into this folder. The text differs
+a little between Python versions.
 """
 import sys
 from pathlib import Path

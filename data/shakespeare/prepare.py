@@ -1,7 +1,9 @@
 """Make the tiny Shakespeare data set in GPT-2's BPE, for finetuning.
 
-    python data/shakespeare/prepare.py                 takes data/shakespeare_char/input.txt, or downloads it
-    python data/shakespeare/prepare.py --input FILE    takes the text from FILE
+    python data/shakespeare/prepare.py
+        takes data/shakespeare_char/input.txt, or downloads it
+    python data/shakespeare/prepare.py --input FILE
+        takes the text from FILE
 
 Writes train.bin (301,966 tokens) and val.bin (36,059) into this folder.
 """

@@ -1,9 +1,12 @@
 """Make the character-level tiny Shakespeare data set (Karpathy's char-rnn): 1,115,394 characters.
 
-    python data/shakespeare_char/prepare.py                 takes input.txt in this folder, or downloads it
-    python data/shakespeare_char/prepare.py --input FILE    takes the text from FILE
+    python data/shakespeare_char/prepare.py
+        takes input.txt in this folder, or downloads it
+    python data/shakespeare_char/prepare.py --input FILE
+        takes the text from FILE
 
-Writes train.bin (1,003,854 tokens), val.bin (111,540) and meta.pkl (65 characters) into this folder.
+Writes train.bin (1,003,854 tokens), val.bin (111,540) and meta.pkl (65 characters) into this
+folder.
 """
 import hashlib
 import sys
@@ -23,7 +26,10 @@ SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 
 
 def load_text(doc: str) -> str:
-    """Tiny Shakespeare, as the command line says; a download is kept as input.txt. Raises UserError."""
+    """Tiny Shakespeare, from where the command line says; a download is kept as input.txt.
+
+    Raises UserError if the text cannot be read, or is another one.
+    """
     parser = ArgumentParser(description=doc, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument('--input', metavar='FILE', type=Path, help="take the text from FILE")
     parser.add_argument('--timeout', type=float, default=60, help="seconds to wait for the server")
@@ -31,12 +37,17 @@ def load_text(doc: str) -> str:
     kept = here / 'input.txt'
     source = arguments.input or (kept if kept.exists() else URL)
     try:
-        content = urlopen(URL, timeout=arguments.timeout).read() if source == URL else source.read_bytes()
+        if source == URL:
+            content = urlopen(URL, timeout=arguments.timeout).read()
+        else:
+            content = source.read_bytes()
     except OSError as error:
-        raise UserError(f"can't read {source} ({error}): download {URL} elsewhere and pass it with --input "
-                        "FILE, or use the offline data set: python data/pydocs_char/prepare.py") from error
+        raise UserError(f"can't read {source} ({error}): download {URL} elsewhere and pass it with "
+                        "--input FILE, or use the offline data set: python "
+                        "data/pydocs_char/prepare.py") from error
     if hashlib.sha256(content).hexdigest() != SHA256:
-        raise UserError(f"{source} is not tiny Shakespeare; for other texts there is data/prepare_text.py")
+        raise UserError(f"{source} is not tiny Shakespeare; for other texts there is "
+                        "data/prepare_text.py")
     if source == URL:
         with atomic_write(kept) as file:
             file.write(content)
