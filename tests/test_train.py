@@ -274,7 +274,7 @@ def test_eval_only_evaluates_once_and_leaves_everything(run_train, capsys):
 # mistakes
 
 @pytest.mark.parametrize('settings, words', [
-    (dict(dataset='openwebtext'), 'no data/openwebtext/train.bin: run python data/openwebtext/prepare.py first, or did you'),
+    (dict(dataset='openwebtext'), 'no data/openwebtext/train.bin: run python .*prepare.py first, or did you'),
     (dict(dataset='nowhere'), 'no data/nowhere/.*: run python data/prepare_text.py FILE --dataset=nowhere'),
     (dict(init_from='config'), 'no ckpt.pt or last.pt in config'),
     (dict(init_from='resume'), 'no last.pt or ckpt.pt in .*/out'),
