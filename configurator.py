@@ -4,8 +4,8 @@
 
 A script calls configure(globals()) right after its settings and before its slow imports, so that
 a typo and --help answer at once. Every bool, int, float and str defined by then is a setting. A
-config file is Python, executed as code, so read it first. It sees the settings as they stand,
-and os, time, math, torch and np.
+config file is Python, executed as code, so read it first. It sees the settings as they stand, and
+os, time, math, torch and np; include('other.py') runs another config file of its folder.
 
 A script written for nanoGPT runs exec(open('configurator.py').read()) instead, which works as
 there: see configure_as_nanogpt().
@@ -166,6 +166,12 @@ def run_file(path: str, settings: dict) -> dict:
     libraries = {alias: import_module(name) for alias, name in LIBRARIES.items()
                  if f'{alias}.' in text}
     names = {**libraries, **settings, '__file__': path}
+
+    def include(name):
+        so_far = {key: names[key] for key in settings}
+        names.update(run_file(str(Path(path).with_name(name)), so_far))
+
+    names['include'] = include
     exec(compile(text, path, 'exec'), names)
     return {name: value for name, value in names.items()
             if name in settings or is_value(name, value)}

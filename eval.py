@@ -104,7 +104,7 @@ def evaluate():
     loss = losses.mean().item()
     result = {'checkpoint': str(state['path']), 'text': str(source), 'tokens': len(losses),
               'loss': loss, 'perplexity': math.exp(min(700, loss))}
-    if state['meta'] is None or 'stoi' in state['meta']:        # else ids may stand for anything
+    if tok.has_text:                                            # else ids may stand for anything
         n_bytes = len(tok.decode_bytes(ids[1:].tolist()))
         result['bits_per_byte'] = losses.sum().item() / math.log(2) / n_bytes
     if json:

@@ -143,7 +143,7 @@ def choose_device(name: str) -> torch.device:
         device = found or torch.device('cpu')
     else:
         try:
-            device = torch.device(name)
+            device = torch.device(str(name))  # --device alone is True
         except RuntimeError as error:
             message = f"device must be auto, cpu, cuda, cuda:1 or mps, got {name!r}"
             raise UserError(message) from error

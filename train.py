@@ -296,6 +296,7 @@ def log(record, machine, folder, wandb):
     """Print a record, and add it to metrics.jsonl, loss.png and wandb."""
     machine.print(format_record(record))
     if folder:
+        folder.check()  # another run may have taken its place: then this one ends
         with only_watching():
             folder.log(record)
             if 'val_loss' in record:

@@ -7,9 +7,7 @@
 
 Measured: not run. The target is the same val loss of 3.28.
 """
-from pathlib import Path
-
-exec(Path(__file__).with_name('train_gpt2_fineweb.py').read_text(encoding='utf-8'))
+include('train_gpt2_fineweb.py')
 
 out_dir = 'out-gpt2-fineweb-alibi'
 wandb_run_name = 'gpt2-124M-muon-alibi'

@@ -6,9 +6,7 @@
 
 Measured: not run here (no GPU).
 """
-from pathlib import Path
-
-exec(Path(__file__).with_name('train_shakespeare_char.py').read_text(encoding='utf-8'))
+include('train_shakespeare_char.py')
 
 out_dir = 'out-shakespeare-char-alibi'
 wandb_run_name = 'mini-gpt-alibi'

@@ -8,9 +8,7 @@ Measured (two cores of an Intel Xeon, 2026-11-22): 80 seconds; loss over the who
 and 1.8523 with --seed=1, 2 and 3 in windows of the trained 64 tokens, and 1.8328, 1.8289 and 1.8313 in
 windows of 512.
 """
-from pathlib import Path
-
-exec(Path(__file__).with_name('train_shakespeare_char_cpu.py').read_text(encoding='utf-8'))
+include('train_shakespeare_char_cpu.py')
 
 out_dir = 'out-shakespeare-char-alibi'
 wandb_run_name = 'mini-gpt-alibi-cpu'

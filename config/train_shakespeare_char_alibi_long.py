@@ -8,9 +8,7 @@ Measured (2 vCPUs of an AMD EPYC, 2026-11-25, seeds 41, 42 and 43, the fast conf
 the whole val split in windows of 256 tokens 1.8528, 1.8695 and 1.8555. In the same time, 256 tokens
 throughout (310 iterations): 1.8907, 1.8768 and 1.8949.
 """
-from pathlib import Path
-
-exec(Path(__file__).with_name('train_shakespeare_char_fast.py').read_text(encoding='utf-8'))
+include('train_shakespeare_char_fast.py')
 
 init_from = 'out-shakespeare-char-short'
 out_dir = 'out-shakespeare-char-long'

@@ -8,9 +8,7 @@ split in windows of 256 1.4315 (seed 1, 1.6 hours beside other work, Muon's olde
 (seed 2, 33 minutes). A CPU without bfloat16 would take 2.6 hours (6.3 s an iteration). nanoGPT reports 1.4697
 for this model (A100, 3 minutes).
 """
-from pathlib import Path
-
-exec(Path(__file__).with_name('train_shakespeare_char.py').read_text(encoding='utf-8'))
+include('train_shakespeare_char.py')
 
 out_dir = 'out-shakespeare-char-muon'
 wandb_run_name = 'mini-gpt-muon'

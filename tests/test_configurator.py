@@ -6,7 +6,7 @@ import shutil
 import pytest
 from conftest import REPO, error_line, run_script
 
-from configurator import UserError, configure
+from configurator import UserError, configure, run_file
 
 DEFAULTS = {'out_dir': 'out', 'max_iters': 100, 'learning_rate': 1e-3, 'bias': False, 'compile': 'auto',
             'start': '\n', 'n_head': 12}
@@ -167,6 +167,15 @@ def test_help(fork, script):
 def test_help_shows_what_is_set(fork):
     output = run_script(fork, 'train.py', '--n_layer=7', '--help')
     assert re.search(r'^model\n  --n_layer=7 ', output, flags=re.MULTILINE)
+
+
+def test_a_config_includes_another_of_its_folder(tmp_path, monkeypatch):
+    """Which sees the settings as they stand, and whose values the file may change."""
+    (tmp_path / 'inner.py').write_text("a = a + 1\nb = 2\n__file__ = 'mine'\n_free = 1")
+    outer = "a = 10\ninclude('inner.py')\nassert __file__.endswith('outer.py')\nb += a"
+    (tmp_path / 'outer.py').write_text(outer)
+    found = run_file(str(tmp_path / 'outer.py'), {'a': 0, 'b': 0})
+    assert found == {'a': 11, 'b': 13}
 
 
 # exec(open('configurator.py').read()), in somebody's script
