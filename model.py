@@ -459,12 +459,13 @@ class GPT(nn.Module):
         use_cache = use_cache and self.takes_cache()
         stopped = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
         step = self if decode is None else decode
+        new = idx[:, -limit:]
         for n in range(max_new_tokens):
             is_over = idx.size(1) > limit and not rolls
             if is_over or not use_cache:
                 logits, _ = self(idx[:, -limit:])                   # (B, 1, V)
             elif n == 0:
-                logits, _ = self(idx[:, -limit:], cache=cache)
+                logits, _ = self(new, cache=cache)
                 use_cache = len(cache.keys) == len(self.transformer.h)  # else a part ignores it
                 if decode is not None:
                     for tensor in (cache.length, *cache.keys, *cache.values):
