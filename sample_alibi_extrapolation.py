@@ -1,35 +1,40 @@
-"""Does a model keep working on texts longer than it was trained on? Learned, rotary and ALiBi positions.
+"""Does a model keep working on texts longer than it was trained on? Learned, rotary and ALiBi.
 
-    python sample_alibi_extrapolation.py                             train small models and compare them
-    python sample_alibi_extrapolation.py out-shakespeare-char-alibi  your own model, or several
+    python sample_alibi_extrapolation.py                   train small models and compare them
+    python sample_alibi_extrapolation.py out-a out-b out-c   your own: one, or several
 
-Prints the loss on the same targets in windows of 1, 1.5, 2, 4 and 8 times the trained length (Press et al.
-2022, arXiv 2108.12409): of the whole val split in non-overlapping windows, and of some targets in a sliding
-window, where each has a full context. Runs that differ only in their seed are averaged. A model with learned
-positions sees the last tokens of its trained length only, as in nanoGPT's generate(). All losses, also
-by position, go to alibi_extrapolation.json and .png in the first folder. More: docs/alibi.md.
+Prints the loss on the same targets in windows of 1, 1.5, 2, 4 and 8 times the trained length L
+(Press et al. 2022, arXiv 2108.12409), where each token is predicted from
+    in full   all tokens of the window before it (ALiBi and rotary positions)
+    rolling   the last L keys and values, as they were computed (the same two)
+    window    the last L tokens, computed again for each token (rotary and learned positions)
+generate() does the first for ALiBi, the second for rotary positions, the third for learned ones.
+Runs that differ only in their seed are averaged. All losses, also by position, go to
+alibi_extrapolation.json and .png in the first folder. More: docs/alibi.md.
 """
+import copy
 import json
 import math
 import subprocess
 import sys
+import textwrap
 from itertools import cycle
 from typing import NamedTuple
 
-# ---------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # settings
 runs = []                      # the folders of runs; if there are none, models are trained
 out_dir = ''                   # one more folder
-dataset = ''                   # a folder of data/; '': the one that the first model was trained on
+dataset = ''                   # a folder of data/; '': the one the first model was trained on
 lengths = '1,1.5,2,4,8'        # of the windows, as multiples of the trained length
 training = 'config/train_shakespeare_char_fast.py'  # the config of the models trained here
-seeds = 1                      # models of each kind that are trained here, with seed, seed + 1, ...
+seeds = 1                      # models of each kind trained here, with seed, seed + 1, ...
 val_tokens = 2**17             # read at most so many tokens of the val split
-sliding_targets = 1536         # sampled targets of the sliding window
-seed = 1337                    # the samples follow from it, and the training if there is one
+targets = 2**12                # scored by position, in 32 passages spread over the val split
+seed = 1337                    # of the samples, and of the training if there is one
 device = 'auto'                # cpu, cuda, cuda:1, mps
 dtype = 'auto'                 # float32, bfloat16 or float16
-# ---------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 from configurator import UserError, configure
 
 configure(globals(), skip_unknown=True, plain='runs')
@@ -40,93 +45,169 @@ import checkpoint
 import runtime
 from dataset import load_meta, load_split, tokenizer
 from eval import token_losses, whole_text_losses
+from model import alibi_bias, causal_mask, compute_dtype
 from start import LAUNCH_SETTINGS
 
-POSITION_TARGETS = 2**13       # of the loss by position
+PASSAGES = 32                  # of neighbouring targets; also the least blocks of an error
+WAYS = {'ALiBi': ('in full', 'rolling'), 'rotary': ('window', 'rolling', 'in full'),
+        'learned': ('window',)}
 
 
 class Method(NamedTuple):
-    """G models that differ only in their seed."""
-    name: str                  # of their positions
-    L: int                     # their trained length
-    is_limited: bool           # they see the last L tokens only
+    """G models that differ only in their seed, and a way to use them beyond their length."""
+    kind: str                  # of positions, a key of WAYS
+    way: str
+    name: str                  # both, and the settings in which its runs differ from other rows'
+    L: int                     # the trained length
     folders: list
     models: list
     states: list               # their checkpoints
 
 
-def sliding_losses(model, machine, data, W, places):
+# ---- losses -------------------------------------------------------------------------------------
+
+def rolling(model):
+    """The model, where each query sees its last block_size keys only, as in a cache that rolls.
+
+    The weights are shared. It takes no cache itself: a band in the mask does the same at once.
+    """
+    plain_locate = model.locate
+
+    def locate(idx, cache):
+        i, context = plain_locate(idx, cache)
+        T = idx.size(1)
+        mask = causal_mask(i, T)                                    # (T, T)
+        if model.config.use_alibi:
+            mask = alibi_bias(model.slopes, i, T)                   # (1, H, T, T)
+        is_past = i[:, None] - i >= model.config.block_size         # (T, T)
+        mask = mask.masked_fill(is_past, -math.inf)
+        context['mask'] = mask.to(compute_dtype(model.transformer.wte.weight))
+        context.pop('channels', None)                               # ALiBi without a mask
+        return i, context
+
+    rolled = copy.copy(model)
+    rolled.locate = locate
+    return rolled
+
+
+def window_losses(model, machine, data, W, places):
     """The loss of each token data[place], given the W tokens before it: (places,)."""
     windows = data[places[:, None] + torch.arange(-W, 1)]           # (places, W + 1)
     return token_losses(model, machine, windows[:, :-1], windows[:, 1:])[:, -1]
 
 
-def by_position_losses(model, machine, data, W, stretch):
+def by_position_losses(model, machine, data, W, stretch, is_window=False):
     """The loss of the same n targets in each of M stretches of a window of about W tokens: (M, n).
 
-    Windows start at every stretch of the text, so that each target stands once in each stretch of a window.
+    Windows start at every stretch of the text, so that each target stands once in each stretch of
+    a window. The targets are passages, spread evenly over the text. is_window: beyond block_size
+    a target is predicted from the last block_size tokens.
     """
-    n_blocks = (len(data) - 1) // stretch                           # of targets, of one stretch each
-    M = min(W // stretch, (n_blocks + 1) // 2)
-    n_blocks = min(POSITION_TARGETS // stretch, n_blocks - 2 * M + 2)
-    seen = min(M, model.config.block_size // stretch) if model.config.has_wpe else M
-    windows = data[(M - seen) * stretch:].unfold(0, seen * stretch + 1, stretch)[:n_blocks + seen - 1]
-    losses = token_losses(model, machine, windows[:, :-1], windows[:, 1:]).view(-1, seen, stretch)
-    stretches = [losses[seen - 1 - j:][:n_blocks, j].flatten() for j in range(seen)]  # (n,) each
-    if seen < M:                                                    # beyond, with all that the model can see
-        places = (M - 1) * stretch + 1 + torch.arange(n_blocks * stretch)
-        stretches += [sliding_losses(model, machine, data, seen * stretch, places)] * (M - seen)
-    return torch.stack(stretches)
+    n_stretches = (len(data) - 1) // stretch
+    M = min(W // stretch, n_stretches)
+    n = max(1, targets // PASSAGES // stretch)                      # stretches in a passage
+    n = min(n, n_stretches - M + 1)
+    room = len(data) - 1 - (M - 1 + n) * stretch
+    P = min(PASSAGES, room // (n * stretch) + 1)                    # passages, none twice
+    starts = torch.linspace(0, room, P).long()                      # of the first windows
+    seen = M
+    if is_window:
+        seen = min(M, model.config.block_size // stretch)
+    losses = torch.empty(M, P, n, stretch, dtype=torch.float64)
+    for first in range(M - seen, M - 1 + n):                        # the stretch a window begins at
+        length = min(seen, M - 1 + n - first)                       # to the last target at most
+        windows = data[starts[:, None] + first * stretch + torch.arange(length * stretch + 1)]
+        scored = token_losses(model, machine, windows[:, :-1], windows[:, 1:])
+        scored = scored.view(P, length, stretch)
+        for j in range(length):
+            target = first + j - (M - 1)                            # its stretch of the passage
+            if target >= 0:
+                losses[j, :, target] = scored[:, j]
+    if seen < M:
+        places = starts[:, None] + (M - 1) * stretch + 1 + torch.arange(n * stretch)  # (P, ...)
+        beyond = window_losses(model, machine, data, model.config.block_size, places.flatten())
+        losses[seen:] = beyond.view(P, n, stretch)
+    return losses.flatten(1)
 
 
-def measure(method, machine, data, windows, places):
-    """A method's losses: by protocol (G, targets) for each window, and by position (G, M, n)."""
+def measure(method, machine, data, windows):
+    """A method's losses: (G, N) non-overlapping for each window, and (G, M, n) by position."""
     def each(losses_of, *args):
         return torch.stack([losses_of(model, machine, data, *args) for model in method.models])
 
+    is_window = method.way == 'window'
     stretch = max(1, method.L // 4)
-    possible = [W for W in windows if W <= method.L or not method.is_limited]
-    return {'windows': possible, 'stretch': stretch,
+    possible = [W for W in windows if W <= method.L or not is_window]
+    return {'windows': windows, 'stretch': stretch,
             'non_overlapping': [each(whole_text_losses, W) for W in possible],
-            'sliding': [each(sliding_losses, W, places) for W in possible],
-            'by_position': each(by_position_losses, windows[-1], stretch)}
+            'by_position': each(by_position_losses, windows[-1], stretch, is_window)}
 
 
-def estimate(values, block=1):
-    """[mean, standard error] of values (G, N), over blocks of neighbours and G > 1 seeds; None: unknown."""
-    mean, n = values.mean().item(), values.size(1) // block
+# ---- results ------------------------------------------------------------------------------------
+
+def estimate(values):
+    """[mean, standard error] of values (G, N) in the order of the text; None if it is unknown.
+
+    The error is that of the text, from the means of at least 32 blocks of neighbours, and of G > 1
+    seeds, added in squares.
+    """
+    mean = values.mean().item()
+    N = values.size(1)
+    size = max(1, N // PASSAGES)
+    n = N // size
     if n < 2:
         return [mean, None]
-    means = values.mean(0)[:n * block].view(n, block).mean(1)       # (n,)
-    error = means.std().item() / math.sqrt(n)
+    blocks = values.mean(dim=0)[:n * size].view(n, size).mean(dim=1)  # (n,)
+    error = blocks.std().item() / math.sqrt(n)
     if len(values) > 1:
-        error = math.hypot(error, values.mean(1).std().item() / math.sqrt(len(values)))
+        of_seeds = values.mean(dim=1).std().item() / math.sqrt(len(values))
+        error = math.hypot(error, of_seeds)
     return [mean, error]
 
 
-def summary(method, losses, first, longest):
-    """A method's results, for the JSON file. first: the losses to compare with; longest: the longest window.
+def sliding(losses):
+    """Of the losses by position, for each window the stretch that ends with it: (G, n) each."""
+    by_position = losses['by_position']
+    rows = []
+    for W in losses['windows']:
+        stretches = max(1, W // losses['stretch'])
+        if stretches <= by_position.size(1):
+            rows.append(by_position[:, stretches - 1])
+    return rows
+
+
+def compare(ours, base, first):
+    """A cell of the tables: a loss, what it changes from 1x, and its difference from the first."""
+    is_paired = first is not None and first.shape == ours.shape
+    return {'targets': ours.size(1),
+            'loss': estimate(ours),
+            'change_from_1x': None if ours is base else estimate(ours - base),
+            'difference_from_first': estimate(ours - first) if is_paired else None}
+
+
+def summary(method, losses, first):
+    """A method's results, for the JSON file. first: the losses of the method to compare with.
 
     A loss is [mean, standard error], in nats per token.
     """
-    L, windows, stretch = method.L, losses['windows'], losses['stretch']
-
-    def row(protocol, i, block):
-        ours, base = losses[protocol][i], losses[protocol][windows.index(L)]
-        theirs = first[protocol][i] if i < len(first[protocol]) else ours[:0]
-        is_paired = first is not losses and theirs.shape == ours.shape
-        return {'targets': ours.size(1), 'loss': estimate(ours, block),
-                'change_from_1x': estimate(ours - base, block) if windows[i] != L else None,
-                'difference_from_first': estimate(ours - theirs, block) if is_paired else None}
-
+    windows = losses['windows']
+    protocols = {'non_overlapping': (losses['non_overlapping'], first['non_overlapping']),
+                 'sliding': (sliding(losses), sliding(first))}
+    rows = []
+    for i, W in enumerate(windows):
+        row = {'window': W}
+        for protocol, (ours, theirs) in protocols.items():
+            if i < len(ours):
+                base = ours[windows.index(method.L)]
+                is_other = first is not losses and i < len(theirs)
+                row[protocol] = compare(ours[i], base, theirs[i] if is_other else None)
+        rows.append(row)
     curve = losses['by_position'].unbind(1)                         # (G, n) each
-    trained = curve[min(L // stretch, len(curve)) - 1]
-    by_position = {'targets': curve[0].size(1), 'position': [(j + 0.5) * stretch for j in range(len(curve))],
-                   'loss': [values.mean().item() for values in curve],
-                   'error_of_change_from_trained': [estimate(values - trained, L)[1] for values in curve]}
-    rows = [{'window': W, 'non_overlapping': row('non_overlapping', i, longest),
-             'sliding': row('sliding', i, 1)} for i, W in enumerate(windows)]
-    return {'name': method.name, 'folders': [str(folder) for folder in method.folders], 'trained_length': L,
+    by_position = {'targets': curve[0].size(1),
+                   'position': [(j + 0.5) * losses['stretch'] for j in range(len(curve))],
+                   'loss': [estimate(values) for values in curve]}
+    return {'name': method.name, 'folders': [str(folder) for folder in method.folders],
+            'trained_length': method.L,
             'seeds': [state['config'].get('seed') for state in method.states],
             'windows': rows, 'by_position': by_position}
 
@@ -144,56 +225,78 @@ def print_table(title, results, protocol):
     print(f"\n{title}, {results[0]['windows'][0][protocol]['targets']:,} targets")
     print(f"{'window':>9}{'':8}{'loss':<19}{'change from 1x':<20}vs. the first")
     for result in results:
-        L, G = result['trained_length'], len(result['seeds'])
-        print(f"{result['name']}, {G} seed{'s' if G > 1 else ''}")
+        L = result['trained_length']
+        G = len(result['seeds'])
+        print(textwrap.fill(f"{result['name']}, {G} seed{'s' if G > 1 else ''}", 80))
         for row in result['windows']:
-            W, cells = row['window'], row[protocol]
-            text = f"{W:>7} = {W / L:.3g}x".ljust(17) + show(cells['loss']).ljust(19)
-            text += show(cells['change_from_1x'], '+.4f').ljust(20)
-            print((text + show(cells['difference_from_first'], '+.4f')).rstrip())
+            if protocol not in row:
+                continue
+            W, cell = row['window'], row[protocol]
+            text = f"{W:>7} = {W / L:.3g}x".ljust(17) + show(cell['loss']).ljust(19)
+            text += show(cell['change_from_1x'], '+.4f').ljust(20)
+            print((text + show(cell['difference_from_first'], '+.4f')).rstrip())
 
 
 def plot(results, path):
-    """Draw the loss by position with its band as a PNG: ALiBi in orange tones, the others muted, dashed."""
+    """Draw the loss by position with its error as a PNG: all of it, and the lower end enlarged.
+
+    ALiBi is drawn in orange tones, the others muted; in full solid, rolling dashed, window dotted.
+    """
     from matplotlib.figure import Figure  # only here: it is slow to import
-    accents, muted = cycle(['C1', 'C3', 'gold', 'brown']), cycle(['0.35', 'cadetblue', '0.6', 'slateblue'])
-    figure = Figure(figsize=(8, 5), layout='constrained')
-    axes = figure.subplots()
+    accents = cycle(['C1', 'C3', 'gold', 'brown'])
+    muted = cycle(['cadetblue', 'slateblue', '0.35', '0.6'])
+    dashes = {'in full': '-', 'rolling': '--', 'window': ':'}
+    figure = Figure(figsize=(10, 5), layout='constrained')
+    whole, enlarged = figure.subplots(1, 2)
+    lows = []
     for result in results:
-        curve, name = result['by_position'], result['name']
-        if name.startswith('ALiBi'):
-            style = dict(color=next(accents), lw=2.5, zorder=2)
-        else:
-            style = dict(color=next(muted), lw=1.2, ls='--', zorder=3)  # ALiBi shows through the gaps
-        x, y = curve['position'], torch.tensor(curve['loss'])
-        error = torch.tensor([error or 0 for error in curve['error_of_change_from_trained']])
-        axes.plot(x, y, marker='.', label=name, **style)
-        axes.fill_between(x, y - error, y + error, color=style['color'], alpha=0.2, lw=0)
-        axes.axvline(result['trained_length'], color='gray', lw=1, zorder=1)
-    axes.set(xlabel='position in the text (tokens); the same targets at every position',
-             ylabel='loss (nats per token)', title='Loss beyond the trained length (vertical line)')
-    axes.grid(alpha=0.3)
-    figure.legend(loc='outside lower center', ncols=2)
+        curve = result['by_position']
+        kind, way = result['name'].split(', ')[:2]
+        color = next(accents if kind == 'ALiBi' else muted)
+        loss = torch.tensor([mean for mean, _ in curve['loss']])
+        error = torch.tensor([error or 0 for _, error in curve['loss']])
+        lows.append(loss.min().item())
+        for axes in (whole, enlarged):
+            axes.plot(curve['position'], loss, color=color, ls=dashes[way],
+                      lw=2.2 if kind == 'ALiBi' else 1.6,
+                      label=result['name'] if axes is whole else None)
+            axes.fill_between(curve['position'], loss - error, loss + error, color=color,
+                              alpha=0.07, lw=0)
+            axes.axvline(result['trained_length'], color='gray', lw=1, zorder=1)
+    whole.set(ylabel='loss (nats per token)',
+              title='Loss beyond the trained length (vertical line)')
+    enlarged.set(ylim=(min(lows) - 0.04, max(lows) + 0.08), title='the lower end, enlarged')
+    for axes in (whole, enlarged):
+        axes.set(xlabel='position in the text (tokens)')
+        axes.grid(alpha=0.3)
+    figure.legend(loc='outside lower center', ncols=3)
     with checkpoint.atomic_write(path) as png:
-        figure.savefig(png, format='png', dpi=120)
+        figure.savefig(png, format='png', dpi=110)
 
 
 def print_sample(method, machine, data):
     """A text of four times the trained length, with a mark where the trained length ends."""
-    L, tok = method.L, tokenizer(method.states[0]['meta'])
+    L = method.L
+    tok = tokenizer(method.states[0]['meta'])
     start = machine.to_device(data[None, :min(8, L)])               # (1, 8)
-    generator = torch.Generator(machine.device).manual_seed(runtime.derive_seed(seed, runtime.SAMPLE))
+    generator = torch.Generator(machine.device)
+    generator.manual_seed(runtime.derive_seed(seed, runtime.SAMPLE))
     with machine.autocast():
         ids = method.models[0].generate(start, 4 * L - start.size(1), temperature=0.8, top_k=200,
-                                        vocab_size=tok.vocab_size, generators=[generator])[0].tolist()
+                                        vocab_size=tok.vocab_size, generators=[generator])
+    ids = ids[0].tolist()
     texts = [tok.decode_bytes(part).decode(errors='replace') for part in (ids[:L], ids[L:])]
-    print(f"\n{method.name}: a sample of {4 * L} tokens; >>> marks where the trained length of {L} ends\n")
+    print(f"\n{method.kind} positions: a sample of {4 * L} tokens, as generate() writes it; "
+          f">>> marks where the trained length of {L} ends\n")
     print(' >>> '.join(texts) + '\n---------------')
 
 
+# ---- models and data ----------------------------------------------------------------------------
+
 def train_models():
     """Train small models that differ only in their positions and seeds. Returns their out_dirs."""
-    folders, options = [], [f'--dataset={dataset}'] if dataset else []
+    folders = []
+    options = [f'--dataset={dataset}'] if dataset else []
     for i in range(seeds):
         for kind in ('alibi', 'rotary', 'learned'):
             folders.append(f'out-extrapolation/{kind}-{seed + i}')
@@ -206,28 +309,62 @@ def train_models():
     return folders
 
 
+def kind_of(config):
+    """The kind of positions of a GPTConfig."""
+    if config.use_alibi:
+        return 'ALiBi'
+    return 'rotary' if config.use_rope else 'learned'
+
+
 def load_methods(folders, machine):
-    """The runs in the folders, those that differ only in their seed together. Raises UserError."""
-    groups = {}
+    """The runs in the folders, those that differ only in their seed together. Raises UserError.
+
+    There is a Method for each way to use them.
+    """
+    groups = {}                                                     # of (folder, model, state)
+    switches = {}                                                   # of each group
     for folder in folders:
         model, state = checkpoint.load_model(folder)
-        config, L, run = model.config, model.config.block_size, state['config']
-        print(f"{state['path']}: trained at {L} tokens, iteration {state['iter_num']}")
-        kind = 'ALiBi' if config.use_alibi else 'rotary' if config.use_rope else f'learned (sees {L} tokens)'
-        settings = {key: value for key, value in run.items() if key not in ('seed', *LAUNCH_SETTINGS)}
-        group = groups.setdefault(repr((config, settings)), Method(kind, L, config.has_wpe, [], [], []))
-        if 'seed' in run and run['seed'] in [other['config']['seed'] for other in group.states]:
+        run = state['config']
+        print(f"{state['path']}: trained at {model.config.block_size} tokens, "
+              f"iteration {state['iter_num']}")
+        settings = {**run, **vars(model.config)}
+        for name in ('seed', *LAUNCH_SETTINGS):
+            settings.pop(name, None)
+        key = repr(sorted(settings.items()))
+        group = groups.setdefault(key, [])
+        switches[key] = settings
+        if 'seed' in run and run['seed'] in [other['config']['seed'] for *_, other in group]:
             raise UserError(f"{folder} has the same settings and seed as another run here")
-        group.folders.append(folder)
-        group.models.append(model.to(machine.device))
-        group.states.append(state)
-    kinds = [method.name for method in groups.values()]
-    return [method if kinds.count(method.name) == 1 else
-            method._replace(name=f'{method.name} ({method.folders[0]})') for method in groups.values()]
+        group.append((folder, model.to(machine.device), state))
+    methods = []
+    for key, group in groups.items():
+        folders, models, states = zip(*group)
+        config = models[0].config
+        kind = kind_of(config)
+        for way in WAYS[kind]:
+            used = [rolling(model) for model in models] if way == 'rolling' else list(models)
+            name = ', '.join([kind, way, *differences(switches[key], list(switches.values()))])
+            methods.append(Method(kind, way, name, config.block_size, list(folders), used,
+                                  list(states)))
+    return methods
+
+
+def differences(settings, others):
+    """name=value of each setting that is not the same in all the others, but for positions."""
+    differing = []
+    for name, value in sorted(settings.items()):
+        is_same = all(name in other and other[name] == value for other in others)
+        if not is_same and name not in ('use_alibi', 'use_rope'):
+            differing.append(f'{name}={value}')
+    return differing
 
 
 def load_data(methods):
-    """The name of the data set, and the first val_tokens of its val split, (N,) int64. Raises UserError."""
+    """The data set's name and the first val_tokens of its val split, (N,) int64.
+
+    Raises UserError if it is not the models'.
+    """
     states = [state for method in methods for state in method.states]
     name = dataset or states[0]['config'].get('dataset', '')
     meta = load_meta(name)
@@ -239,28 +376,30 @@ def load_data(methods):
 
 def extrapolate():
     """Measure, save, plot and print."""
-    sys.stdout.reconfigure(errors='replace')                        # it may lack a sample's characters
+    sys.stdout.reconfigure(errors='replace')                        # for a sample's characters
     machine = runtime.set_up(device, dtype, compile=False)
     folders = list(dict.fromkeys([*runs, out_dir] if out_dir else runs)) or train_models()
     methods = load_methods(folders, machine)
     name, data = load_data(methods)
     N = len(data)
-    print(f"val split of data/{name}: {N:,} tokens" + (" (--val_tokens)" if N == val_tokens else ''))
+    cut = " (--val_tokens)" if N == val_tokens else ''
+    print(f"val split of data/{name}: {N:,} tokens{cut}")
     factors = sorted({1.0, *map(float, lengths.split(','))})
-    windows = [[W for W in (int(factor * method.L) for factor in factors) if W < N] for method in methods]
-    longest = max(row[-1] for row in windows)
-    places = torch.linspace(longest, N - 1, min(sliding_targets, N - longest)).long()
-    losses = [measure(method, machine, data, row, places) for method, row in zip(methods, windows)]
-    results = [summary(method, ours, losses[0], longest) for method, ours in zip(methods, losses)]
+    losses = []
+    for method in methods:
+        windows = [int(factor * method.L) for factor in factors]
+        losses.append(measure(method, machine, data, [W for W in windows if W < N]))
+        print(f"measured: {method.name}", flush=True)
+    results = [summary(method, ours, losses[0]) for method, ours in zip(methods, losses)]
     path = methods[0].states[0]['path'].with_name('alibi_extrapolation.json')
     with checkpoint.atomic_write(path, 'x') as file:
         json.dump({'dataset': name, 'methods': results}, file, indent=1)
     plot(results, path.with_suffix('.png'))
     for method in methods:
-        if not method.is_limited:
+        if method.way == 'in full':
             print_sample(method, machine, data)
     print_table('non-overlapping windows', results, 'non_overlapping')
-    print_table('sliding window, full context', results, 'sliding')
+    print_table('by position, at the end of a window', results, 'sliding')
     print("\nloss: nats per token, mean of the seeds; ±: a standard error, of text and seeds\n"
           f"results: {path}\nplot: {path.with_suffix('.png')}")
 

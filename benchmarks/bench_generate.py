@@ -4,6 +4,12 @@
 
 GPT2LMHeadModel.generate, ours, ours compiled, and for the first case ours without the cache, as nanoGPT
 generates, take turns, greedily. They should write the same tokens: their share is printed.
+
+    python benchmarks/bench_generate.py long
+
+The cost of a token at 8 times the trained length, for three sizes: ALiBi's cache, which has grown to
+it; a rotary model's, which rolls; and the last block_size tokens computed again, as with learned
+positions.
 """
 import sys
 import tempfile
@@ -15,7 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import runtime
 from bench import alternate, print_table
-from model import GPT
+from model import GPT, GPTConfig, KVCache
 
 
 @torch.no_grad()
@@ -46,8 +52,47 @@ def main(n=64, rounds=7, cases=((256, 1), (256, 8), (960, 1)), **sizes):
         print(f"the same tokens: {same:.2%}")
 
 
+SIZES = [(64, dict(n_layer=4, n_head=4, n_embd=128, vocab_size=65)),      # 0.8M parameters
+         (256, dict(n_layer=6, n_head=6, n_embd=384, vocab_size=65)),     # 10.65M
+         (1024, dict(n_layer=12, n_head=12, n_embd=768))]                 # 124M
+
+
+@torch.no_grad()
+def long(sizes=SIZES, rounds=7, n=3):
+    """Time n tokens in each round, at 8 times the length L of each size."""
+    machine = runtime.set_up()
+    print(machine)
+    for L, size in sizes:
+        def model(L=L, size=size, **positions):
+            return GPT(GPTConfig(block_size=L, **size, **positions)).to(machine.device).eval()
+
+        def cached(model, capacity, rolls):
+            """A function that computes a token behind a cache full of random numbers."""
+            cache = KVCache(capacity, machine.device, rolls)
+            model(idx[:, :1], cache=cache)                          # makes its tensors
+            for tensor in (*cache.keys, *cache.values):
+                tensor.normal_()
+
+            def step(k):
+                cache.length.fill_(8 * L - 1)
+                return model(idx[:, -1:], cache=cache)
+            return step
+
+        idx = torch.randint(size.get('vocab_size', 50304), (1, L), device=machine.device)  # (1, L)
+        learned = model()
+        kinds = {'ALiBi, cache grown to 8 L': cached(model(use_alibi=True), 8 * L, False),
+                 'rotary, cache rolls': cached(model(use_rope=True), L, True),
+                 'learned, computed again': lambda k: learned(idx)}
+        for kind in kinds.values():
+            kind(0)                                                 # a warm-up
+        times = alternate(kinds, rounds, n, machine.device)
+        print_table(f'a token after {8 * L} tokens, trained length L = {L}', times, 1)
+
+
 if __name__ == '__main__':
     if 'small' in sys.argv:  # a rehearsal
         main(4, 2, ((8, 1),), n_layer=1, n_head=2, n_embd=16)
+    elif 'long' in sys.argv:
+        long()
     else:
         main()

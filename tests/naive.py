@@ -21,17 +21,21 @@ def slopes(n):
     return slopes(c) + slopes(2 * c)[0::2][:n - c]
 
 
-def attention(q, k, v, slope=0.0):
-    """One head: q, k, v (T, D). Score (i, j) is q_i . k_j / sqrt(D) - slope (i - j), softmax over j <= i."""
+def attention(q, k, v, slope=0.0, window=math.inf):
+    """One head: q, k, v (T, D). Score (i, j) is q_i . k_j / sqrt(D) - slope (i - j), softmax over j <= i.
+
+    window: of these, over the last so many.
+    """
     rows = []
     for i in range(len(q)):
         scores = []
-        for j in range(i + 1):
+        seen = [j for j in range(i + 1) if j > i - window]
+        for j in seen:
             scores.append((q[i] * k[j]).sum() / math.sqrt(q.shape[1]) - slope * (i - j))
         scores = torch.stack(scores)
         weights = torch.exp(scores - scores.max())
         weights = weights / weights.sum()
-        rows.append(sum(weights[j] * v[j] for j in range(i + 1)))
+        rows.append(sum(weight * v[j] for weight, j in zip(weights, seen)))
     return torch.stack(rows)
 
 
@@ -60,7 +64,7 @@ def gelu(x):
     return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
 
 
-def logits(state, config, ids):
+def logits(state, config, ids, window=math.inf):
     """All logits (T, V) in float64 of one sequence, a list of ids."""
     state = {key: value.double() for key, value in state.items()}
 
@@ -85,7 +89,7 @@ def logits(state, config, ids):
             q_head, k_head = q[:, part], k[:, part]
             if config.use_rope:
                 q_head, k_head = rotate(q_head), rotate(k_head)
-            heads.append(attention(q_head, k_head, v[:, part], slope))
+            heads.append(attention(q_head, k_head, v[:, part], slope, window))
         x = x + linear(torch.cat(heads, dim=1), h + 'attn.c_proj')
         x = x + linear(gelu(linear(norm(x, h + 'ln_2'), h + 'mlp.c_fc')), h + 'mlp.c_proj')
     return norm(x, 'transformer.ln_f') @ state['transformer.wte.weight'].T

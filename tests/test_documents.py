@@ -41,7 +41,7 @@ SMALL = {
     'eval.py': ['--device=cpu'],
     'sample.py': ['--max_new_tokens=5', '--num_samples=1', '--device=cpu'],
     'bench.py': [*SMALL_MODEL, '--blocks=1', '--steps=1', '--compile=False'],
-    'sample_alibi_extrapolation.py': ['--sliding_targets=20', '--device=cpu'],
+    'sample_alibi_extrapolation.py': ['--targets=64', '--val_tokens=3000', '--device=cpu'],
 }
 
 

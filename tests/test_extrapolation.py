@@ -4,6 +4,7 @@ import math
 import re
 import shutil
 
+import naive
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,7 @@ import checkpoint
 import runtime
 import sample_alibi_extrapolation as script
 from configurator import UserError
+from model import KVCache
 
 SCRIPT = 'sample_alibi_extrapolation.py'
 MACHINE = runtime.Machine(torch.device('cpu'), 'float32', False)
@@ -38,23 +40,48 @@ def test_losses_equal_one_forward_for_each_target(W, positions, monkeypatch):
     for t in [0, 1, 15, 16, 100, 127, 128, 255, 256, 298, 299]:     # of target t + 1
         assert whole[t].item() == pytest.approx(naive_loss(model, t // W * W, t + 1), abs=1e-5)
     places = torch.tensor([128, 129, 200, 300])
-    sliding = script.sliding_losses(model, MACHINE, DATA, W, places)
-    for place, loss in zip(places, sliding, strict=True):
+    losses = script.window_losses(model, MACHINE, DATA, W, places)
+    for place, loss in zip(places, losses, strict=True):
         assert loss.item() == pytest.approx(naive_loss(model, place - W, place), abs=1e-5)
 
 
-@pytest.mark.parametrize('use_alibi', [True, False])
-def test_losses_by_position_equal_one_forward_for_each(use_alibi, monkeypatch):
-    """Learned positions see the last block_size tokens beyond their trained length, as in generate()."""
-    monkeypatch.setattr(script, 'POSITION_TARGETS', 40)
-    model, s, W = small(use_alibi=use_alibi), 4, 64
-    losses = script.by_position_losses(model, MACHINE, DATA, W, s)
+@pytest.mark.parametrize('positions', [dict(use_alibi=True), dict(use_rope=True)])
+def test_rolling_losses_are_those_of_a_query_that_sees_its_last_keys(positions):
+    """Against the naive model with a window, the shared model unchanged; and against the cache."""
+    model, T = small(**positions), 50
+    before = model(DATA[None, :T], DATA[None, :T])[0]
+    rolled = script.rolling(model)
+    ours = script.token_losses(rolled, MACHINE, DATA[None, :T], DATA[None, 1:T + 1])[0]
+    logits = naive.logits(model.state_dict(), model.config, DATA[:T].tolist(), window=16)
+    expected = F.cross_entropy(logits, DATA[1:T + 1], reduction='none')
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(model(DATA[None, :T], DATA[None, :T])[0], before, rtol=0, atol=0)
+    if model.config.use_rope:
+        cache = KVCache(16, DATA.device, rolls=True)
+        for t in range(T):
+            logits = model(DATA[None, t:t + 1], cache=cache)[0]
+            loss = F.cross_entropy(logits[0], DATA[t + 1:t + 2])
+            assert loss.item() == pytest.approx(ours[t].item(), abs=1e-5)
+
+
+@pytest.mark.parametrize('is_window', [False, True])
+@pytest.mark.parametrize('positions', [{}, dict(use_alibi=True), dict(use_rope=True)])
+def test_losses_by_position_equal_one_forward_for_each(positions, is_window, monkeypatch):
+    """The targets are passages spread over the whole text. A window sees the last block_size tokens."""
+    if not positions and not is_window:
+        return                                                      # learned positions end
+    monkeypatch.setattr(script, 'PASSAGES', 5)
+    monkeypatch.setattr(script, 'targets', 40)                      # two stretches in a passage
+    model, s, W = small(**positions), 4, 64
+    losses = script.by_position_losses(model, MACHINE, DATA, W, s, is_window)
     assert losses.shape == (W // s, 40)
+    starts = torch.linspace(0, 300 - 17 * s, 5).long().tolist()     # of 15 stretches and a passage
+    assert starts[-1] + 17 * s == 300                               # the last target ends the text
     for j in range(W // s):                                         # in each stretch
         for n in (0, 3, 4, 18, 39):
-            place = W - s + 1 + n
-            start = (place - 1) // s * s - j * s                    # of the window
-            if not use_alibi and j >= 16 // s:
+            place = starts[n // 8] + 15 * s + 1 + n % 8
+            start = place - 1 - (n % 4) - j * s                     # of the window
+            if is_window and j >= 16 // s:
                 start = place - 16
             assert losses[j, n].item() == pytest.approx(naive_loss(model, start, place), abs=1e-5)
 
@@ -65,14 +92,14 @@ def test_standard_errors():
     errors = [script.estimate(row)[1] for row in means]
     assert sum(errors) / len(errors) == pytest.approx(1 / math.sqrt(50), rel=0.02)
     assert means.mean(2).std().item() == pytest.approx(sum(errors) / len(errors), rel=0.05)
-    repeated = means[0].repeat_interleave(10, dim=1)  # neighbours that are alike: blocks see through it
-    assert script.estimate(repeated, block=10)[1] == pytest.approx(errors[0])
-    assert script.estimate(repeated)[1] < 0.5 * errors[0]
-    assert script.estimate(repeated, block=300)[1] is None
+    repeated = means[0].repeat_interleave(10, dim=1)                # neighbours that are alike
+    naively = repeated.std().item() / math.sqrt(500)
+    assert script.estimate(repeated)[1] > 2 * naively               # blocks see through it
+    assert script.estimate(means[0, :, :1])[1] is None
 
 
 def test_results_are_paired_by_target_and_seed():
-    """Of changes, not of losses, are the errors in the tables and of the curve's band."""
+    """Changes and differences have errors of their own; the curve has that of its level."""
     torch.manual_seed(0)
     text = torch.randn(160).double()
 
@@ -80,29 +107,33 @@ def test_results_are_paired_by_target_and_seed():
         return text + 0.1 * torch.randn(2, *shape).double()
 
     losses, first = ({'windows': [16, 32], 'stretch': 4, 'by_position': draw(8, 160),
-                      'non_overlapping': [draw(160), draw(160)], 'sliding': [draw(160), draw(160)]}
-                     for _ in range(2))
-    method = script.Method('ALiBi', 16, False, ['a', 'b'], [], 2 * [{'config': {'seed': 1}}])
-    result = script.summary(method, losses, first, longest=32)
+                      'non_overlapping': [draw(160), draw(160)]} for _ in range(2))
+    states = 2 * [{'config': {'seed': 1}}]
+    method = script.Method('ALiBi', 'in full', 'ALiBi, in full', 16, ['a', 'b'], [], states)
+    result = script.summary(method, losses, first)
 
-    def expected(values, block):                                    # (2, 160)
-        blocks = np.mean(values.numpy(), axis=0).reshape(-1, block).mean(axis=1)
+    def expected(values):                                           # (2, 160), blocks of 5
+        blocks = np.mean(values.numpy(), axis=0).reshape(-1, 5).mean(axis=1)
         text_error = blocks.std(ddof=1) / math.sqrt(len(blocks))
         seed_error = values.numpy().mean(axis=1).std(ddof=1) / math.sqrt(2)
-        return pytest.approx([values.mean().item(), math.sqrt(text_error**2 + seed_error**2)], abs=1e-9)
+        error = math.sqrt(text_error**2 + seed_error**2)
+        return pytest.approx([values.mean().item(), error], abs=1e-9)
 
-    for protocol, block in (('non_overlapping', 32), ('sliding', 1)):
-        ours, (cell_1x, cell) = losses[protocol], [row[protocol] for row in result['windows']]
-        assert cell['loss'] == expected(ours[1], block) and cell['targets'] == 160
-        assert cell['change_from_1x'] == expected(ours[1] - ours[0], block)
-        assert cell['difference_from_first'] == expected(ours[1] - first[protocol][1], block)
+    curves, theirs = losses['by_position'], first['by_position']
+    for protocol, ours, base in (
+            ('non_overlapping', losses['non_overlapping'], first['non_overlapping']),
+            ('sliding', [curves[:, 3], curves[:, 7]], [theirs[:, 3], theirs[:, 7]])):
+        cell_1x, cell = [row[protocol] for row in result['windows']]
+        assert cell['loss'] == expected(ours[1]) and cell['targets'] == 160
+        assert cell['change_from_1x'] == expected(ours[1] - ours[0])
+        assert cell['difference_from_first'] == expected(ours[1] - base[1])
         assert cell_1x['change_from_1x'] is None
-    curve, values = result['by_position'], losses['by_position']
+    curve = result['by_position']
     assert curve['position'] == [2, 6, 10, 14, 18, 22, 26, 30] and curve['targets'] == 160
-    for j in range(8):                                              # stretch 3 ends at 16
-        change = [values[:, j].mean() - values[:, 3].mean(), curve['error_of_change_from_trained'][j]]
-        assert change == expected(values[:, j] - values[:, 3], 16)
-        assert curve['loss'][j] == pytest.approx(values[:, j].mean().item())
+    for j in range(8):
+        assert curve['loss'][j] == expected(curves[:, j])
+    alone = script.summary(method, losses, losses)                  # the first itself
+    assert alone['windows'][1]['sliding']['difference_from_first'] is None
 
 
 @pytest.fixture(scope='module')
@@ -122,39 +153,49 @@ def rows(output):
 
 def test_the_script(checkout, trained):
     """The table, JSON and plot of two kinds; two seeds are averaged."""
-    short = ['--val_tokens=5000', '--sliding_targets=50']
+    short = ['--val_tokens=5000', '--targets=1024']
     alone = [rows(run_script(checkout, SCRIPT, trained / name, *short)) for name in ('alibi', 'second')]
     output = run_script(checkout, SCRIPT, trained / 'alibi', trained / 'second',
                         f'--out_dir={trained}/learned', *short)
     table = rows(output)
-    assert [W for W, _ in table] == 2 * [32, 48, 64, 128, 256, 32]
-    assert [W for W, _ in alone[0]] == 2 * [32, 48, 64, 128, 256]
-    for (_, loss), (_, first), (_, second) in zip(table[:5] + table[6:11], *alone, strict=True):
+    lengths = [32, 48, 64, 128, 256]
+    assert [W for W, _ in table] == [*lengths, *lengths, 32, *lengths, *lengths, *lengths]
+    assert [W for W, _ in alone[0]] == 4 * lengths                  # in full and rolling, two tables
+    ours = table[:10] + table[11:21]
+    for (_, loss), (_, first), (_, second) in zip(ours, *alone, strict=True):
         assert loss == pytest.approx((first + second) / 2, abs=2e-4) and 2 < loss < 4.5
-    assert 'ALiBi, 2 seeds' in output and 'learned (sees 32 tokens), 1 seed' in output
+    assert 'ALiBi, in full, 2 seeds' in output and 'ALiBi, rolling, 2 seeds' in output
+    assert 'learned, window, 1 seed' in output
     assert '5,000 tokens (--val_tokens)' in output and 'windows, 4,999 targets' in output
     assert '>>> marks where the trained length of 32 ends' in output
-    assert all(len(line) <= 80 for line in output.splitlines() if str(trained) not in line)
+    assert all(len(line) <= 80 for line in output.splitlines()
+               if str(trained) not in line and '>>>' not in line)
 
     path = trained / 'alibi/alibi_extrapolation.json'
-    alibi, learned = json.loads(path.read_text())['methods']
-    assert alibi['folders'] == [f'{trained}/alibi', f'{trained}/second'] and alibi['seeds'] == [1337, 7]
-    for protocol, part in (('non_overlapping', table[:5]), ('sliding', table[6:11])):
-        for row, (W, loss) in zip(alibi['windows'], part, strict=True):
-            assert row['window'] == W and row[protocol]['loss'][0] == pytest.approx(loss, abs=1e-4)
-    assert len(learned['windows']) == 1 and len(learned['by_position']['loss']) == 32
+    full, rolling, learned = json.loads(path.read_text())['methods']
+    assert full['folders'] == [f'{trained}/alibi', f'{trained}/second'] and full['seeds'] == [1337, 7]
+    for protocol, first in (('non_overlapping', 0), ('sliding', 11)):
+        for method in (full, rolling):
+            for row, (W, loss) in zip(method['windows'], table[first:first + 5], strict=True):
+                assert row['window'] == W
+                assert row[protocol]['loss'][0] == pytest.approx(loss, abs=1e-4)
+            first += 5
+    assert full['windows'][0]['sliding']['loss'] == rolling['windows'][0]['sliding']['loss']
+    assert ['non_overlapping' in row for row in learned['windows']] == [True, *4 * [False]]
+    assert len(learned['by_position']['loss']) == 32
     assert path.with_suffix('.png').read_bytes().startswith(b'\x89PNG')
 
 
 def test_lengths_and_a_short_val_split(checkout, trained):
+    """Windows as long as the text still have a target by position."""
     output = run_script(checkout, SCRIPT, trained / 'alibi', '--lengths=0.5,3', '--val_tokens=2000')
-    assert [W for W, _ in rows(output)] == 2 * [16, 32, 96]
+    assert [W for W, _ in rows(output)] == 4 * [16, 32, 96]
     (checkout / 'data/short').mkdir()
     shutil.copy(checkout / 'data/pydocs_char/meta.pkl', checkout / 'data/short')
     for n, windows in ((100, [32, 48, 64]), (33, [32])):
         (np.arange(n) % 100).astype('<u2').tofile(checkout / 'data/short/val.bin')
         output = run_script(checkout, SCRIPT, trained / 'alibi', '--dataset=short')
-        assert [W for W, _ in rows(output)] == 2 * windows
+        assert [W for W, _ in rows(output)] == 4 * windows
     (np.arange(20) % 100).astype('<u2').tofile(checkout / 'data/short/val.bin')
     line = error_line(run_script(checkout, SCRIPT, trained / 'alibi', '--dataset=short', status=1))
     assert '20 ids' in line and 'block_size=32' in line
@@ -169,9 +210,15 @@ def test_what_is_no_other_seed(checkout, trained, tmp_path, monkeypatch):
                        ('other', dict(seed=9, dataset='elsewhere')), ('smaller', dict(batch_size=2))):
         torch.save(state | dict(config=state['config'] | more), tmp_path / f'{name}.pt')
     folders = [trained / 'alibi', tmp_path / 'resumed.pt']
-    assert [len(method.models) for method in script.load_methods(folders, MACHINE)] == [2]
+    assert [len(method.models) for method in script.load_methods(folders, MACHINE)] == [2, 2]
+    forked = torch.load(tmp_path / 'smaller.pt')
+    forked['config']['qk_norm'] = True                              # a switch of somebody's own
+    torch.save(forked, tmp_path / 'smaller.pt')
     methods = script.load_methods([*folders, tmp_path / 'smaller.pt'], MACHINE)
-    assert [method.name for method in methods] == [f'ALiBi ({folders[0]})', f'ALiBi ({tmp_path}/smaller.pt)']
+    size = state['config']['batch_size']
+    assert [method.name for method in methods] == [
+        f'ALiBi, in full, batch_size={size}', f'ALiBi, rolling, batch_size={size}',
+        'ALiBi, in full, batch_size=2, qk_norm=True', 'ALiBi, rolling, batch_size=2, qk_norm=True']
     with pytest.raises(UserError, match='copy.pt has the same settings and seed as another run'):
         script.load_methods([*folders, tmp_path / 'copy.pt'], MACHINE)
     methods = script.load_methods([*folders, tmp_path / 'other.pt'], MACHINE)
@@ -189,9 +236,12 @@ def test_the_study_that_trains_its_own_models(checkout):
     config = (checkout / 'config/train_shakespeare_char_cpu.py').read_text()
     (checkout / 'config/short.py').write_text(
         f"{config}\ndataset = 'pydocs_char'\nmax_iters = 20\neval_interval = 10\nblock_size = 16\n")
-    output = run_script(checkout, SCRIPT, '--training=config/short.py', '--sliding_targets=50', '--seed=7',
+    output = run_script(checkout, SCRIPT, '--training=config/short.py', '--targets=256', '--seed=7',
                         '--val_tokens=2000')
-    assert [W for W, _ in rows(output)] == 2 * (2 * [16, 24, 32, 64, 128] + [16])
+    lengths = [16, 24, 32, 64, 128]
+    # ALiBi in full and rolling, rotary positions in a window, rolling and in full, learned ones
+    apart = [*lengths, *lengths, 16, *lengths, *lengths, 16]
+    assert [W for W, _ in rows(output)] == apart + 6 * lengths      # a window has no longer ones
     assert (checkout / 'out-extrapolation/alibi-7/alibi_extrapolation.png').exists()
     run = checkpoint.load(checkout / 'out-extrapolation/rotary-7/ckpt.pt')['config']
     assert run['seed'] == 7 and run['use_rope'] and run['max_iters'] == 20

@@ -234,15 +234,41 @@ def test_cached_logits_equal_uncached_ones(positions, T, pieces):
 @pytest.mark.parametrize('positions', [{}, ALIBI, ROPE])
 @pytest.mark.parametrize('T', [3, 16, 20])
 def test_generate_equals_a_full_forward_for_each_token(positions, T):
-    """Past block_size too: there models without ALiBi see the last block_size tokens, with it all of them."""
+    """Past block_size too: models without ALiBi see the last block_size tokens there, with it all of them.
+
+    A rotary model does so without its cache, which rolls (below).
+    """
     model, idx = small(**positions), random_ids(2, T)
     expected = idx
     for _ in range(30):
         context = expected if positions == ALIBI else expected[:, -SMALL['block_size']:]
         new = all_logits(model, context)[:, -1].argmax(-1, keepdim=True)    # (2, 1)
         expected = torch.cat((expected, new), dim=1)
-    assert torch.equal(model.generate(idx, 30, temperature=0), expected)
     assert torch.equal(model.generate(idx, 30, temperature=0, use_cache=False), expected)
+    if positions == ROPE:
+        expected = expected[:, :max(T, 16) + 1]                     # then the cache is full
+    text = model.generate(idx, 30, temperature=0)
+    assert text.size(1) == T + 30 and torch.equal(text[:, :expected.size(1)], expected)
+
+
+@pytest.mark.parametrize('T', [3, 15, 16, 20])
+def test_a_cache_that_rolls_shows_each_token_the_last_ones(T):
+    """As the naive model computes the whole text at once, where a query sees the last block_size keys.
+
+    Of a longer prompt the last block_size tokens are the text's beginning.
+    """
+    L = SMALL['block_size']
+    model, idx = small(**ROPE), random_ids(1, T)
+    text = model.generate(idx, 3 * L, temperature=0)[0, max(0, T - L):]
+    first = min(T, L)                                               # tokens of the prompt
+    expected = naive.logits(model.state_dict(), model.config, text.tolist(), window=L)
+    assert torch.equal(text[first:], expected[first - 1:-1].argmax(-1))
+
+    cache = KVCache(L, idx.device, rolls=True)                      # and the logits, not only the text
+    with torch.no_grad():
+        pieces = [text[None, :first], *text[None, first:].split(1, dim=1)]
+        logits = [model(piece, piece, cache=cache)[0] for piece in pieces]
+    torch.testing.assert_close(torch.cat(logits, dim=1)[0].double(), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize('positions', [{}, ALIBI, ROPE])
@@ -263,7 +289,7 @@ def test_no_shape_changes_from_token_to_token(positions, monkeypatch):
     def decode(new, cache):
         assert new.shape == (3, 1)
         for tensor in (*cache.keys, *cache.values):
-            tensor[:, :, cache.length:] = 1e30                      # must not be seen
+            tensor[:, :, cache.length:] = 1e30                      # must not be seen, if there is any
         return call(new, cache=cache)
 
     def call(*args, **options):
