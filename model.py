@@ -417,12 +417,15 @@ class GPT(nn.Module):
 
     def head_loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """The mean cross-entropy of x (N, C) against targets (N,), max_logits in memory at most."""
+        n_logits = x.size(0) * self.config.vocab_size
         max_logits = 2**25 if x.device.type == 'cpu' else 2**28     # 128 MiB, 1 GiB in float32
-        n_chunks = math.ceil(x.size(0) * self.config.vocab_size / max_logits)
+        is_small = n_logits <= max_logits
+        if x.device.type == 'cuda' and torch.compiler.is_compiling():
+            is_small = n_logits * compute_dtype(x).itemsize <= 2**31  # fused: no float32 copies
         is_plain = type(self.lm_head) is nn.Linear and self.lm_head.bias is None
-        if n_chunks == 1 or not is_plain:
+        if is_small or not is_plain:
             return F.cross_entropy(self.lm_head(x), targets, ignore_index=-1)
-        rows = math.ceil(x.size(0) / n_chunks)
+        rows = math.ceil(x.size(0) / math.ceil(n_logits / max_logits))
         return HeadLoss.apply(x, self.lm_head.weight, targets, rows, torch.is_grad_enabled())
 
     # ---- generation --------------------------------------------------------------------------
@@ -614,15 +617,17 @@ class HeadLoss(torch.autograd.Function):
             loss = loss + F.nll_loss(logp, y, ignore_index=-1, reduction='sum')
             if not with_gradient:
                 continue
-            keep = (y != -1).float()[:, None]                       # (rows, 1)
+            keep = (y != -1)[:, None]                               # (rows, 1)
             ids = y.clamp(min=0)[:, None]                           # (rows, 1)
-            dlogits = logp.exp_().scatter_add_(1, ids, -torch.ones_like(keep))
-            dlogits = dlogits.mul_(keep).to(logits.dtype)           # (rows, V)
-            dx_rows.copy_(dlogits @ weight)
-            if dlogits.dtype == dw.dtype:
-                dw.addmm_(dlogits.t(), x_rows)
+            if torch.compiler.is_compiling():                       # one kernel, no buffer
+                j = torch.arange(weight.size(0), device=y.device)   # (V,)
+                dlogits = torch.where(keep, logp.exp() - (j == ids).float(), 0.0)
             else:
-                dw += dlogits.t() @ x_rows
+                minus_ones = -torch.ones_like(ids, dtype=torch.float32)
+                dlogits = logp.exp_().scatter_add_(1, ids, minus_ones).mul_(keep)
+            dlogits = dlogits.to(logits.dtype)                      # (rows, V)
+            dx_rows.copy_(dlogits @ weight)
+            add_product(dw, dlogits.t(), x_rows)
         ctx.save_for_backward(dx, dw, n)
         return loss / n
 
@@ -630,6 +635,20 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple:
         dx, dw, n = ctx.saved_tensors
         return dx * (gradient / n), dw * (gradient / n), None, None, None
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, where b may have more bits than a. A sum in float16 could overflow."""
+    if a.dtype == torch.float16 and total.dtype == torch.float32:
+        if a.device.type == 'cuda':
+            total += torch.mm(a, b.to(a.dtype), out_dtype=torch.float32)
+            return
+        a = a.float()
+    if a.dtype == total.dtype:
+        with torch.autocast(a.device.type, enabled=False):
+            total.addmm_(a, b.to(a.dtype))
+    else:
+        total += a @ b.to(a.dtype)
 
 
 # ---- only for speed on a CPU -----------------------------------------------------------------

@@ -82,10 +82,12 @@ def stop_id(tok):
 
 
 def cast_weights(model, dtype):
-    """Cast the blocks' matrices as autocast does, but once, not for each token."""
+    """Cast the blocks' matrices and the head as autocast does, but once, not for each token."""
     for p in model.transformer.h.parameters():
         if p.dim() == 2:
             p.data = p.data.to(dtype)
+    head = model.lm_head
+    head.weight = torch.nn.Parameter(head.weight.detach().to(dtype))  # wte keeps its own, as it is
 
 
 def sample_all(model, machine, tok, prompt, generators, options):
@@ -125,9 +127,9 @@ def generate():
     machine = runtime.set_up(device, dtype, compile)
     model, state = checkpoint.load_model(model_name())
     model.eval().to(machine.device)
+    size = model.get_num_params() / 1e6
     if machine.dtype != 'float32':
         cast_weights(model, getattr(torch, machine.dtype))
-    size = model.get_num_params() / 1e6
     print(f"{state['path']}, {size:.2f}M parameters; {machine}", file=sys.stderr)
     tok = tokenizer(state['meta'])
     prompt = encode_prompt(tok)

@@ -143,8 +143,8 @@ def test_what_needs_a_gpu_is_rehearsed(checkout, tmp_path):
         report = (tmp_path / 'report.md').read_text(encoding='utf-8')
         return done.returncode, report, dict(re.findall(r'\*\*(\S+)\*\* \(exit status (\d+),', report))
 
-    names = ['check_gpu', 'train_shakespeare_char', 'bench', 'kill_and_resume', 'generation', 'profile',
-             'float16', 'processes']
+    names = ['check_gpu', 'train_shakespeare_char', 'bench', 'bench_4096', 'kill_and_resume',
+             'generation', 'profile', 'float16', 'processes']
     status, report, found = run(570)
     assert list(found) == names and [name for name in names if found[name] != '0'] == ['float16'], report
     assert report.endswith('== failed: float16; no time for: nothing\n') and status == 1

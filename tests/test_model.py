@@ -17,6 +17,7 @@ from model import (
     CausalSelfAttention,
     Dropout,
     GPTConfig,
+    HeadLoss,
     KVCache,
     LayerNorm,
     alibi_bias,
@@ -489,6 +490,47 @@ def test_the_loss_in_chunks_is_the_whole_one(dtype):
     for name, gradient in gradients.items():
         torch.testing.assert_close(chunked_gradients[name], gradient,
                                    rtol=0, atol=tolerance * gradient.abs().max())
+
+
+def test_the_gradient_of_the_head_does_not_overflow_in_float16():
+    """It is summed in float32, since a gradient scaler cannot help what is summed unscaled."""
+    generator = torch.Generator().manual_seed(0)
+    x = 100 * torch.ones(2000, 8)                                   # 1,000 rows: up to 100,000
+    weight = torch.randn(50, 8, generator=generator) / 100
+    y = torch.randint(3, (2000,), generator=generator)
+    y[:7] = -1
+    gradients = []
+    for dtype in (torch.float64, torch.float16):
+        w = weight.to(dtype if dtype == torch.float64 else torch.float32).requires_grad_()
+        inputs = x.to(w.dtype).requires_grad_()
+        with torch.autocast('cpu', dtype, enabled=dtype == torch.float16):
+            if dtype == torch.float64:
+                loss = F.cross_entropy(F.linear(inputs, w), y, ignore_index=-1)
+            else:
+                loss = HeadLoss.apply(inputs, w, y, 1000, True)
+        loss.backward()
+        gradients.append((inputs.grad.double(), w.grad.double()))
+    for expected, gradient in zip(*gradients):
+        torch.testing.assert_close(gradient, expected, rtol=0, atol=2e-3 * expected.abs().max())
+
+
+@pytest.mark.parametrize('dtype', [None, torch.bfloat16])
+def test_the_compiled_loss_in_chunks_is_the_eager_one(dtype):
+    """Its gradient is one expression there, which no buffer of all logits interrupts."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(50, 8, generator=generator)
+    y = torch.randint(50, (30,), generator=generator)
+    y[3:9] = -1
+    results = []
+    for call in (HeadLoss.apply, torch.compile(HeadLoss.apply, backend='aot_eager', fullgraph=True)):
+        w = weight.clone().requires_grad_()
+        x = torch.randn(30, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        with torch.autocast('cpu', dtype, enabled=dtype is not None):
+            loss = call(x, w, y, 8, True)
+        loss.backward()
+        results.append((loss.detach(), x.grad, w.grad))
+    for eager, compiled in zip(*results):
+        torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-6 * eager.abs().max())
 
 
 # in nanoGPT's place: what people's code does to its model
