@@ -119,7 +119,7 @@ class RunFolder(AbstractContextManager):
                 return path
             path = self.path / f'{name}-{n}{suffix}'
 
-    def adopt(self, path: Path) -> None:
+    def set_last(self, path: Path) -> None:
         """Make the checkpoint at path last.pt, so that there is a state to resume from at once.
 
         What going back would overwrite is kept: last.pt as last-before.pt (or last-before-2.pt,

@@ -379,7 +379,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(x[:, -1:]), None                    # (B, 1, V)
         if not return_logits:
-            return None, self.head_loss(x.flatten(0, 1), targets.flatten())  # as in training
+            return None, self.head_loss(x.flatten(0, 1), targets.flatten())  # in training
         logits = self.lm_head(x)                                    # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
         return logits, loss
@@ -416,7 +416,10 @@ class GPT(nn.Module):
         return i, context
 
     def head_loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        """The mean cross-entropy of x (N, C) against targets (N,), max_logits in memory at most."""
+        """The loss that is trained on: the mean cross-entropy of x (N, C) against targets (N,).
+
+        Where the logits would take much memory, HeadLoss computes it with a gradient of its own.
+        """
         n_logits = x.size(0) * self.config.vocab_size
         max_logits = 2**25 if x.device.type == 'cpu' else 2**28     # 128 MiB, 1 GiB in float32
         is_small = n_logits <= max_logits

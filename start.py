@@ -1,4 +1,4 @@
-"""Where a run starts. decide() is the answer; load() and take_over() carry it out.
+"""Where a run starts. decide() is the answer; load() and prepare_folder() carry it out.
 
     new       init_from says what it starts from: scratch, or the weights of a GPT-2 or of a run
     continue  the run in out_dir resumes from its newest state
@@ -79,8 +79,9 @@ def decide(settings: SimpleNamespace) -> Start:
 
 
 # A torchrun that restarts its processes after a crash runs the same command again. They resume what
-# this launch has written, but never an earlier run in out_dir: .launch names the launch whose run
-# is there. It is removed as a launch locks the folder, and written when its run has taken it over.
+# this launch has written, but never an earlier run in out_dir. The file .launch in out_dir tells
+# the two apart: it names the launch whose run is there. A new launch removes the file as it locks
+# the folder, and prepare_folder() writes it.
 
 def launch_id() -> str:
     """What tells this torchrun from others, and stays the same when it restarts; '' without one."""
@@ -110,7 +111,7 @@ def begin(settings: SimpleNamespace, machine: Machine) -> Iterator[tuple]:
     """Decide, lock out_dir and load: a Start, a RunFolder, the model and the state to resume from.
 
     The lock lasts as long as the context. The folder is None where nothing is written, and the
-    state is {} for a new run. Nothing has moved yet: take_over() follows.
+    state is {} for a new run. Nothing has moved yet: prepare_folder() follows.
     """
     check_settings(settings, machine.world_size)
     load_split(settings.dataset, 'train', 1, load_meta(settings.dataset))  # before any download
@@ -121,16 +122,16 @@ def begin(settings: SimpleNamespace, machine: Machine) -> Iterator[tuple]:
         yield start, folder, model, saved
 
 
-def take_over(folder: RunFolder, start: Start, config: dict, iter_num: int,
-              is_evaluated: bool) -> None:
-    """Make out_dir the run's, now that nothing can be refused any more.
+def prepare_folder(folder: RunFolder, start: Start, config: dict, iter_num: int,
+                   is_evaluated: bool) -> None:
+    """Make out_dir ready for the run, now that nothing can be refused any more.
 
     config: for config.py. is_evaluated: whether the evaluation at iter_num has been made.
     """
     if start.kind in ('new', 'branch'):
         folder.clear()
     if start.kind != 'new' and Path(start.source) != folder.path / 'last.pt':
-        folder.adopt(Path(start.source))
+        folder.set_last(Path(start.source))
     folder.write_config(config)
     folder.drop_records(iter_num, is_evaluated)
     if launch_id():

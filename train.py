@@ -421,7 +421,7 @@ def train():
             return
         config = start.run_config(settings, raw_model.config, saved)
         if folder:
-            start.take_over(folder, beginning, config, iter_num, is_evaluated)
+            start.prepare_folder(folder, beginning, config, iter_num, is_evaluated)
         config |= runtime.choices(machine)
         wandb_id = saved.get('wandb_id') or os.urandom(4).hex()
         wandb = start_wandb(config, wandb_id) if wandb_log and machine.is_master else None

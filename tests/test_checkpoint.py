@@ -225,7 +225,7 @@ def test_states_that_are_not_resumed_from_are_kept(tmp_path):
     (tmp_path / 'iter-000010.pt').write_text('older')
     with RunFolder(tmp_path) as folder:
         for _ in range(2):
-            folder.adopt(tmp_path / 'iter-000010.pt')
+            folder.set_last(tmp_path / 'iter-000010.pt')
     assert read_files(tmp_path) == {
         'last.pt': 'older', 'ckpt.pt': 'ckpt.pt', 'iter-000010.pt': 'older',
         'metrics.jsonl': 'metrics.jsonl',

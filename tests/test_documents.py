@@ -11,7 +11,8 @@ from forked import Forked
 from prepare_text import char_meta, write_splits
 from test_gpt2 import save_gpt2
 
-DOCUMENTS = ['README.md', 'CONTRIBUTING.md', 'docs/tour.md', 'docs/robustness.md', 'docs/alibi.md',
+DOCUMENTS = ['README.md', 'docs/usage.md', 'docs/from_nanogpt.md', 'config/README.md',
+             'CONTRIBUTING.md', 'docs/tour.md', 'docs/robustness.md', 'docs/alibi.md',
              'docs/performance.md', 'docs/course.md']
 COMMAND = re.compile(r'(python|torchrun|\.venv/bin/python) .*\.py|python -c .|(pip|make|bash|sbatch) .')
 
@@ -29,6 +30,7 @@ NOT_RUN = {
     'python sample_alibi_extrapolation.py': "it trains for minutes; run small by test_extrapolation.py",
     'python benchmarks/': "measurements of minutes on a quiet machine",
     'bash benchmarks/bench_gpu.sh': "it needs a GPU",
+    'python train.py out-kept/config.py': "from an iteration of a longer run; see test_restart.py",
     'sbatch': "it needs a cluster; run with stand-ins by test_slurm.py",
 }
 

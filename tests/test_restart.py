@@ -146,12 +146,12 @@ def test_two_processes_resume_to_the_bit(checkout, tmp_path):
 
 
 PRINT_SHARE = """
-from runtime import Machine
-state_of = Machine.state_of
-def count(self, optimizer):
-    print(f"share: {sum(t.numel() for s in optimizer.optim.state.values() for t in s.values())}")
-    return state_of(self, optimizer)
-Machine.state_of = count
+import optimizer as _optimizer
+whole_state = _optimizer.whole_state
+def count(sharded, machine):
+    print(f"share: {sum(t.numel() for s in sharded.optim.state.values() for t in s.values())}")
+    return whole_state(sharded, machine)
+_optimizer.whole_state = count
 """
 
 
