@@ -241,7 +241,7 @@ def other_runs() -> str:
     return f"the runs here are {', '.join(folders[:8])}{more}"
 
 
-def load(path: str | Path, meta: dict | None = None) -> dict:
+def read_state(path: str | Path, meta: dict | None = None) -> dict:
     """Read a checkpoint, ours or nanoGPT's, to the CPU, running no code in it.
 
     Adds path, hash and, as nanoGPT's files have none, the meta of its data set, or if that is gone,
@@ -307,11 +307,11 @@ def load_model(name: str | Path, meta: dict | None = None, **overrides) -> tuple
 
     name: a run's folder, a checkpoint, one of GPT2_NAMES, or the folder of a GPT-2 that
     transformers saved, whose state is path, iter_num, config and meta.
-    meta: as in load(). overrides: fields of the GPTConfig to change.
+    meta: as in read_state(). overrides: fields of the GPTConfig to change.
     """
     if name in GPT2_NAMES or (Path(name) / 'config.json').exists():
         return load_gpt2(name, meta, overrides)
-    state = load(find(name), meta)
+    state = read_state(find(name), meta)
     return build_model(state, **overrides).eval(), state
 
 

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -372,7 +372,7 @@ class GPT(nn.Module):
             if cache is not None:
                 context['cache'] = LayerCache(cache, layer, i)
             if checkpoint_activations:
-                x = checkpoint(block, x, use_reentrant=False, **context)
+                x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False, **context)
             else:
                 x = block(x, **context)
         x = self.transformer.ln_f(x)                                # (B, T, C)

@@ -1,4 +1,4 @@
-"""Where a run starts. decide() is the answer; load() and prepare_folder() carry it out.
+"""Where a run starts. decide() is the answer; load_origin() and prepare_folder() carry it out.
 
     new       init_from says what it starts from: scratch, or the weights of a GPT-2 or of a run
     continue  the run in out_dir resumes from its newest state
@@ -44,13 +44,13 @@ CHOICES = {'optimizer': ('adamw', 'muon'), 'sampling': ('random', 'epochs'),
 
 # ---- the decision -------------------------------------------------------------------------------
 
-class Start(NamedTuple):
+class Origin(NamedTuple):
     """Where a run starts: what happens, and from what."""
     kind: str      # new, continue, back or branch
     source: str    # for a new run init_from, else the path of a checkpoint
 
 
-def decide(settings: SimpleNamespace) -> Start:
+def decide(settings: SimpleNamespace) -> Origin:
     """Decide where the run starts, from the settings and the files in out_dir.
 
     Raises UserError if the settings contradict each other, or if there is nothing to resume.
@@ -68,14 +68,14 @@ def decide(settings: SimpleNamespace) -> Start:
         raise UserError("resume_from goes back in out_dir, auto_resume continues it: give one")
 
     if is_restart_of(out_dir) and newest:
-        return Start('continue', str(newest))
+        return Origin('continue', str(newest))
     if init_from == 'resume' and not newest:
         raise UserError(f"no last.pt or ckpt.pt in {out_dir}: {checkpoint.other_runs()}")
     if init_from == 'resume' or settings.auto_resume and newest:
-        return Start('continue', str(newest))
+        return Origin('continue', str(newest))
     if resume_from:
-        return Start('back' if goes_back else 'branch', str(checkpoint.find_file(resume_from)))
-    return Start('new', init_from)
+        return Origin('back' if goes_back else 'branch', str(checkpoint.find_file(resume_from)))
+    return Origin('new', init_from)
 
 
 # A torchrun that restarts its processes after a crash runs the same command again. They resume what
@@ -108,30 +108,30 @@ def lock(settings: SimpleNamespace) -> RunFolder:
 
 @contextmanager
 def begin(settings: SimpleNamespace, machine: Machine) -> Iterator[tuple]:
-    """Decide, lock out_dir and load: a Start, a RunFolder, the model and the state to resume from.
+    """Decide, lock out_dir and load: an Origin, a RunFolder, the model and the saved state.
 
     The lock lasts as long as the context. The folder is None where nothing is written, and the
     state is {} for a new run. Nothing has moved yet: prepare_folder() follows.
     """
     check_settings(settings, machine.world_size)
     load_split(settings.dataset, 'train', 1, load_meta(settings.dataset))  # before any download
-    start = decide(settings)
+    origin = decide(settings)
     writes = machine.is_master and not settings.eval_only
     with lock(settings) if writes else nullcontext() as folder:
-        model, saved = load(start, settings, machine)
-        yield start, folder, model, saved
+        model, saved = load_origin(origin, settings, machine)
+        yield origin, folder, model, saved
 
 
-def prepare_folder(folder: RunFolder, start: Start, config: dict, iter_num: int,
+def prepare_folder(folder: RunFolder, origin: Origin, config: dict, iter_num: int,
                    is_evaluated: bool) -> None:
     """Make out_dir ready for the run, now that nothing can be refused any more.
 
     config: for config.py. is_evaluated: whether the evaluation at iter_num has been made.
     """
-    if start.kind in ('new', 'branch'):
+    if origin.kind in ('new', 'branch'):
         folder.clear()
-    if start.kind != 'new' and Path(start.source) != folder.path / 'last.pt':
-        folder.set_last(Path(start.source))
+    if origin.kind != 'new' and Path(origin.source) != folder.path / 'last.pt':
+        folder.set_last(Path(origin.source))
     folder.write_config(config)
     folder.drop_records(iter_num, is_evaluated)
     if launch_id():
@@ -146,7 +146,7 @@ def run_config(settings: SimpleNamespace, config: GPTConfig, saved: dict) -> dic
     return written | {'auto_resume': False, 'resume_from': ''}
 
 
-def evaluation_so_far(start: Start, saved: dict, data: dict, settings: SimpleNamespace,
+def evaluation_so_far(origin: Origin, saved: dict, data: dict, settings: SimpleNamespace,
                       machine: Machine) -> tuple[bool, float]:
     """Whether the evaluation of the state was made, and the best val loss so far.
 
@@ -161,7 +161,7 @@ def evaluation_so_far(start: Start, saved: dict, data: dict, settings: SimpleNam
     recorded = [record['iter'] for record in checkpoint.read_metrics(settings.out_dir)
                 if 'val_loss' in record]
     is_evaluated = saved.get('evaluated', False) and saved['iter_num'] in recorded
-    return is_evaluated and start.kind != 'branch', float(saved['best_val_loss'])
+    return is_evaluated and origin.kind != 'branch', float(saved['best_val_loss'])
 
 
 def finished_message(settings: SimpleNamespace, iter_num: int) -> str:
@@ -209,17 +209,17 @@ def check_processes(settings: SimpleNamespace, machine: Machine, *plans: object)
 
 # ---- loading ------------------------------------------------------------------------------------
 
-def load(start: Start, settings: SimpleNamespace, machine: Machine) -> tuple[GPT, dict]:
+def load_origin(origin: Origin, settings: SimpleNamespace, machine: Machine) -> tuple[GPT, dict]:
     """The model that the run starts with, and the state that it resumes from, {} for a new run.
 
     Raises UserError if the data or the settings do not fit the state.
     """
     meta = load_meta(settings.dataset)
-    if start == Start('new', 'scratch'):
+    if origin == Origin('new', 'scratch'):
         return new_model(settings, meta), {}
-    model, saved = checkpoint.load_model(start.source, meta, dropout=settings.dropout)
+    model, saved = checkpoint.load_model(origin.source, meta, dropout=settings.dropout)
     check_vocabulary(model, saved, settings.dataset, meta)
-    if start.kind == 'new':
+    if origin.kind == 'new':
         machine.print(f"starting from {saved['path']}, its weights alone")
         if settings.block_size < model.config.block_size or not model.config.has_wpe:
             model.crop_block_size(settings.block_size)  # or extend it: train short, go on long

@@ -181,6 +181,13 @@ def set_rates(opt, iter_num):
     return {'lr': lr}
 
 
+def load_data(block_size):
+    """The vocabulary, the ids of each split, and a fingerprint of each. Raises UserError."""
+    meta = load_meta(dataset)
+    splits = {split: load_split(dataset, split, block_size, meta) for split in ('train', 'val')}
+    return meta, splits, {split: fingerprint(ids) for split, ids in splits.items()}
+
+
 def batch_functions(splits, config, machine):
     """Two functions, which return inputs and targets on the device, (batch_size, T) int64 each.
 
@@ -252,14 +259,31 @@ def clock(seconds):
 
 
 class Stopwatch:
-    """The mean time of the iterations since start()."""
+    """The mean time of the iterations since it was made or reset."""
 
-    def start(self):
+    def __init__(self):
+        self.reset()
+
+    def reset(self):
         self.started = time.perf_counter()
         self.n = 0
 
     def seconds(self):
         return (time.perf_counter() - self.started) / max(1, self.n)
+
+
+class Totals:
+    """The seconds and tokens that a run has taken so far, those before its resumes included."""
+
+    def __init__(self, saved, tokens):
+        self.tokens = tokens  # of an iteration
+        self.first_iter = saved.get('iter_num', 0)
+        self.tokens_before = saved.get('tokens', self.first_iter * tokens)
+        self.started = time.perf_counter() - saved.get('elapsed', 0.0)
+
+    def at(self, iter_num):
+        tokens = self.tokens_before + (iter_num - self.first_iter) * self.tokens
+        return {'elapsed': time.perf_counter() - self.started, 'tokens': tokens}
 
 
 def seconds_left(iter_num, step_seconds, evaluation_seconds):
@@ -308,8 +332,10 @@ def log(record, machine, folder, wandb):
             wandb.log({names.get(key, key): value for key, value in record.items()})
 
 
-def start_wandb(config, run_id):
-    """Start a wandb run, or continue the one with this id. Returns the module."""
+def start_wandb(config, run_id, machine):
+    """Start a wandb run, or continue the one with this id. Returns the module, or None."""
+    if not wandb_log or not machine.is_master:
+        return None
     import wandb
     wandb.init(project=wandb_project, name=wandb_run_name, config=config, id=run_id, resume='allow')
     wandb.define_metric('*', step_metric='iter')
@@ -328,8 +354,9 @@ def software():
             f"started:   {time.strftime('%Y-%m-%d %H:%M:%S')} on {platform.node()}")
 
 
-def print_plan(machine, config, n_params, splits):
-    """Print what will be trained on what."""
+def print_plan(machine, model, splits, meta):
+    """Print what will be trained on what, and what looks wrong about it."""
+    config = model.config
     tokens = gradient_accumulation_steps * batch_size * config.block_size
     n_train, n_val = len(splits['train']), len(splits['val'])
     positions = 'learned'
@@ -346,7 +373,7 @@ def print_plan(machine, config, n_params, splits):
 software:  {software()}
 device:    {machine}
 data:      data/{dataset}, {n_train:,} train tokens, {n_val:,} val tokens
-model:     number of parameters: {n_params / 1e6:.2f}M, {positions} positions, \
+model:     number of parameters: {model.get_num_params() / 1e6:.2f}M, {positions} positions, \
 vocab_size {config.vocab_size}
 iteration: tokens per iteration will be: {tokens:,} = \
 {gradient_accumulation_steps} x {batch_size} x {config.block_size}
@@ -361,6 +388,8 @@ mfu:       the share of {peak / 1e12:.0f} TFLOP/s, {whose}""")
                       "min_lr as well")
     elif decay_lr and lr_decay_iters < max_iters:
         machine.print(f"from iteration {lr_decay_iters} on the learning rate is min_lr={min_lr:g}")
+    for doubt in doubts(splits['train'], meta):
+        machine.print(doubt)
 
 
 def resume_command(folder):
@@ -392,26 +421,21 @@ def train():
     """Train as the settings say."""
     settings = read_settings()
     machine = runtime.set_up(device, dtype, compile, is_large=n_embd >= 384)
-    with (start.begin(settings, machine) as (beginning, folder, raw_model, saved),
+    with (start.begin(settings, machine) as (origin, folder, raw_model, saved),
           runtime.processes(machine, backend, timeout)):
         # data, model and optimizer
         T = raw_model.config.block_size  # which the weights decide
-        meta = load_meta(dataset)
-        splits = {split: load_split(dataset, split, T, meta) for split in ('train', 'val')}
-        data = {split: fingerprint(ids) for split, ids in splits.items()}
-        is_evaluated, best_val_loss = start.evaluation_so_far(beginning, saved, data, settings,
+        meta, splits, data = load_data(T)
+        is_evaluated, best_val_loss = start.evaluation_so_far(origin, saved, data, settings,
                                                               machine)
-        start.check_processes(settings, machine, beginning.kind, saved.get('hash'), data,
-                              is_evaluated)
+        plan = (origin.kind, saved.get('hash'), data, is_evaluated)
+        start.check_processes(settings, machine, plan)
         raw_model.train().to(machine.device)
         opt, scaler = make_optimizer(raw_model, saved, machine)
         params = list(raw_model.parameters())
-        model = torch.compile(raw_model) if machine.compile else raw_model
-        ddp_model = runtime.distribute(model, machine)
+        model = runtime.wrap(raw_model, machine)
         get_batch, get_micro_batch = batch_functions(splits, raw_model.config, machine)
-        print_plan(machine, raw_model.config, raw_model.get_num_params(), splits)
-        for doubt in doubts(splits['train'], meta):
-            machine.print(doubt)
+        print_plan(machine, raw_model, splits, meta)
 
         # where the run stands
         iter_num = first_iter = saved.get('iter_num', 0)
@@ -421,19 +445,14 @@ def train():
             return
         config = start.run_config(settings, raw_model.config, saved)
         if folder:
-            start.prepare_folder(folder, beginning, config, iter_num, is_evaluated)
+            start.prepare_folder(folder, origin, config, iter_num, is_evaluated)
         config |= runtime.choices(machine)
         wandb_id = saved.get('wandb_id') or os.urandom(4).hex()
-        wandb = start_wandb(config, wandb_id) if wandb_log and machine.is_master else None
+        wandb = start_wandb(config, wandb_id, machine)
         tokens = gradient_accumulation_steps * batch_size * T
-        tokens_before = saved.get('tokens', iter_num * tokens)
-        started = time.perf_counter() - saved.get('elapsed', 0.0)
+        totals = Totals(saved, tokens)
         del saved  # and its memory
         stop = runtime.StopSignals()
-
-        def totals():
-            return {'elapsed': time.perf_counter() - started,
-                    'tokens': tokens_before + (iter_num - first_iter) * tokens}
 
         def save(is_best=False, keep=0):
             optimizer_state = whole_state(opt, machine)
@@ -441,7 +460,8 @@ def train():
                 folder.save(dict(
                     model=raw_model.state_dict(), optimizer=optimizer_state,
                     scaler=scaler.state_dict(), iter_num=iter_num, evaluated=is_evaluated,
-                    best_val_loss=torch.tensor(best_val_loss, dtype=torch.float64), **totals(),
+                    best_val_loss=torch.tensor(best_val_loss, dtype=torch.float64),
+                    **totals.at(iter_num),
                     model_args=checkpoint.model_args(raw_model.config), gelu=raw_model.config.gelu,
                     config=config, meta=meta, data=data, wandb_id=wandb_id), is_best, keep)
             machine.print(f"saved {settings.out_dir}/last.pt" + (" and ckpt.pt" if is_best else ''))
@@ -450,14 +470,13 @@ def train():
         peak_flops = runtime.peak_flops(machine) or A100_FLOPS
         evaluation_seconds = 0.0
         stopwatch = Stopwatch()
-        stopwatch.start()
         while True:
             rates = set_rates(opt, iter_num)
 
             # evaluate, and save what is worth it
             stopping = False
             if eval_only or is_evaluation_due(iter_num) and not is_evaluated:
-                stopwatch.start()
+                stopwatch.reset()
                 means = evaluate(model, machine, get_batch, stop)
                 stopping = means is None
                 is_evaluated = not stopping
@@ -465,12 +484,12 @@ def train():
                     check_finite(f"step {iter_num}", last_saved, **means)
                     is_best = means['val_loss'] <= best_val_loss
                     best_val_loss = min(means['val_loss'], best_val_loss)
-                    log({'iter': iter_num, **means, **rates, **totals(),
+                    log({'iter': iter_num, **means, **rates, **totals.at(iter_num),
                          **runtime.peak_memory(machine)}, machine, folder, wandb)
                     if iter_num > 0 and not eval_only:
                         last_saved = save(is_best or always_save_checkpoint, keep_checkpoints)
                 evaluation_seconds = stopwatch.seconds()
-                stopwatch.start()
+                stopwatch.reset()
             is_done = eval_only or is_evaluated and iter_num >= max_iters
             if is_done or stopping and iter_num == last_saved:
                 break
@@ -478,7 +497,7 @@ def train():
             # The gradient. Its loss shows that the last update was good: only a state whose next
             # loss is finite may be saved, even where the run stops.
             first = iter_num * gradient_accumulation_steps
-            losses = accumulate(ddp_model, scaler, machine, lambda i: get_micro_batch(first + i),
+            losses = accumulate(model, scaler, machine, lambda i: get_micro_batch(first + i),
                                 gradient_accumulation_steps, checkpoint_activations)
             stopping = machine.any(stop.received)
             is_save_due = stopping or save_interval > 0 and iter_num % save_interval == 0
@@ -507,7 +526,7 @@ def train():
                      'seconds_left': seconds_left(iter_num, dt, evaluation_seconds)},
                     machine, folder, wandb)
             if is_logged or iter_num == first_iter:  # the first iteration compiles
-                stopwatch.start()
+                stopwatch.reset()
             iter_num += 1
             is_evaluated = False
 

@@ -1,14 +1,15 @@
-"""Generation of 64 tokens with 124M parameters, ours against transformers', with the same random weights.
+"""Generation of 64 tokens at 124M parameters, ours against transformers', with the same weights.
 
     python benchmarks/bench_generate.py
 
-GPT2LMHeadModel.generate, ours, ours compiled, and for the first case ours without the cache, as nanoGPT
-generates, take turns, greedily. They should write the same tokens: their share is printed.
+GPT2LMHeadModel.generate, ours, ours compiled, and for the first case ours without the cache, as
+nanoGPT generates, take turns, greedily, with the same random weights. They should write the same
+tokens: their share is printed.
 
     python benchmarks/bench_generate.py long
 
-The cost of a token at 8 times the trained length, for three sizes: ALiBi's cache, which has grown to
-it; a rotary model's, which rolls; and the last block_size tokens computed again, as with learned
+The cost of a token at 8 times the trained length, for three sizes: ALiBi's cache, which has grown
+to it; a rotary model's, which rolls; and the last block_size tokens computed again, as with learned
 positions.
 """
 import sys
@@ -29,26 +30,29 @@ def main(n=64, rounds=7, cases=((256, 1), (256, 8), (960, 1)), **sizes):
     machine = runtime.set_up()
     print(machine)
     torch.manual_seed(0)
-    theirs = GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=None, pad_token_id=0, **sizes)).eval()
+    config = GPT2Config(bos_token_id=0, eos_token_id=None, pad_token_id=0, **sizes)
+    theirs = GPT2LMHeadModel(config).eval()
     for p in theirs.parameters():
         p.normal_(0, 0.05)  # larger than at the start, so that greedy choices are not near ties
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
         ours = GPT.from_pretrained(folder).to(machine.device)
     theirs.to(machine.device)
-    for T, B in cases:                                              # tokens of the prompt, sequences
+    for T, B in cases:                                  # tokens of the prompt, sequences
         idx = torch.randint(ours.config.vocab_size, (B, T), device=machine.device)  # (B, T)
+        greedy = dict(max_new_tokens=n, temperature=0)
         options = dict(attention_mask=torch.ones_like(idx), do_sample=False, use_cache=True)
         compiled = torch.compile(ours, mode='reduce-overhead', dynamic=False)
         kinds = {'transformers': lambda k: theirs.generate(idx, max_new_tokens=n, **options),
-                 'ours': lambda k: ours.generate(idx, n, temperature=0),
-                 'ours, compiled': lambda k: ours.generate(idx, n, temperature=0, decode=compiled)}
+                 'ours': lambda k: ours.generate(idx, **greedy),
+                 'ours, compiled': lambda k: ours.generate(idx, **greedy, decode=compiled)}
         if (T, B) == cases[0]:
-            kinds['ours, no cache'] = lambda k: ours.generate(idx, n, temperature=0, use_cache=False)
+            kinds['ours, no cache'] = lambda k: ours.generate(idx, **greedy, use_cache=False)
         with machine.autocast():
             texts = {name: kind(0) for name, kind in kinds.items()}  # and a warm-up
             same = min((text == texts['ours']).float().mean().item() for text in texts.values())
-            print_table(f'{B} x {n} after {T} tokens', alternate(kinds, rounds, 1, machine.device), B * n)
+            times = alternate(kinds, rounds, 1, machine.device)
+        print_table(f'{B} x {n} after {T} tokens', times, B * n)
         print(f"the same tokens: {same:.2%}")
 
 

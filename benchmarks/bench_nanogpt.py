@@ -2,9 +2,10 @@
 
     python benchmarks/bench_nanogpt.py NANOGPT [small | 124M] [BLOCKS] [--key=value of ours ...]
 
-NANOGPT is a clone of it. Both train with the same settings on the same random tokens (data/bench), and
-each is held while the other goes on: small for two seconds in turn, 124M for a minute. Prints the median
-iteration as each logs it, the peak of its resident memory, and the ratio of neighbouring blocks.
+NANOGPT is a clone of it. Both train with the same settings on the same random tokens (data/bench),
+and each is held while the other goes on: small for two seconds in turn, 124M for a minute. Prints
+the median iteration as each logs it, the peak of its resident memory, and the ratio of neighbouring
+blocks.
 """
 import os
 import pickle
@@ -23,7 +24,8 @@ sys.path.insert(0, str(OURS))
 from bench import spread
 
 SIZES = {  # seconds of a block, vocab_size, settings
-    'small': (2, 65, ['--block_size=64', '--batch_size=12', '--n_layer=4', '--n_head=4', '--n_embd=128']),
+    'small': (2, 65, ['--block_size=64', '--batch_size=12', '--n_layer=4', '--n_head=4',
+                      '--n_embd=128']),
     '124M': (60, 50304, ['--batch_size=4'])}
 OPTIONS = ['--dataset=bench', '--gradient_accumulation_steps=1', '--device=cpu', '--dtype=float32',
            '--compile=False', '--eval_iters=1', '--eval_interval=1000000', '--log_interval=1']
@@ -52,7 +54,7 @@ def times(log):
 
 
 def block(run, log, seconds):
-    """Let the run go on. Returns the median of its iterations but the first, during which it was held."""
+    """Let the run go on. Returns the median iteration, without the first, which was held."""
     before = len(times(log))
     run.send_signal(signal.SIGCONT)
     time.sleep(seconds)

@@ -9,8 +9,9 @@ wandb_log = True
 wandb_project = 'owt'
 wandb_run_name = 'gpt2-124M'
 
-# 12 sequences of 1024 tokens, 5 times on each of 8 GPUs: 491,520 tokens per iteration. On GPUs of 80 GB,
-# --batch_size=60 --gradient_accumulation_steps=8 is as many tokens in one micro-batch each, which is faster
+# 12 sequences of 1024 tokens, 5 times on each of 8 GPUs: 491,520 tokens per iteration. On GPUs of
+# 80 GB, --batch_size=60 --gradient_accumulation_steps=8 is as many tokens in one micro-batch each,
+# which is faster
 batch_size = 12
 block_size = 1024
 gradient_accumulation_steps = 5 * 8

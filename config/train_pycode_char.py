@@ -3,8 +3,8 @@
     python data/pycode_char/prepare.py
     python train.py config/train_pycode_char.py
 
-Measured (one vCPU of an AMD EPYC without bfloat16, 2026-11-27, seed 1): 17 minutes; lowest val loss with
-ALiBi 0.9554, with rotary positions 0.9533, with learned ones 0.9940.
+Measured (one vCPU of an AMD EPYC without bfloat16, 2026-11-27, seed 1): 17 minutes; lowest val loss
+with ALiBi 0.9554, with rotary positions 0.9533, with learned ones 0.9940.
 """
 include('train_shakespeare_char_fast.py')
 

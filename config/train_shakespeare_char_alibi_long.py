@@ -1,12 +1,13 @@
-"""Train short, continue long: five sixths of a run at 64 tokens, then the rest at 256, with ALiBi. For a CPU.
+r"""Train short, continue long, with ALiBi: five sixths of a run at 64 tokens, the rest at 256.
 
     python data/shakespeare_char/prepare.py
-    python train.py config/train_shakespeare_char_fast.py --max_iters=300 --out_dir=out-shakespeare-char-short
+    python train.py config/train_shakespeare_char_fast.py \
+        --max_iters=300 --out_dir=out-shakespeare-char-short
     python train.py config/train_shakespeare_char_alibi_long.py
 
-Measured (2 vCPUs of an AMD EPYC, 2026-11-25, seeds 41, 42 and 43, the fast config as it was then): loss over
-the whole val split in windows of 256 tokens 1.8528, 1.8695 and 1.8555. In the same time, 256 tokens
-throughout (310 iterations): 1.8907, 1.8768 and 1.8949.
+Measured (2 vCPUs of an AMD EPYC, 2026-11-25, seeds 41, 42 and 43, the fast config as it was then):
+loss over the whole val split in windows of 256 tokens 1.8528, 1.8695 and 1.8555. In the same time,
+256 tokens throughout (310 iterations): 1.8907, 1.8768 and 1.8949.
 """
 include('train_shakespeare_char_fast.py')
 

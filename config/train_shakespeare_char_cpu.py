@@ -3,8 +3,8 @@
     python data/shakespeare_char/prepare.py
     python train.py config/train_shakespeare_char_cpu.py
 
-Measured (two cores of an Intel Xeon, 2026-11-22): 80 seconds; loss over the whole val split 1.9039, 1.9081
-and 1.9023 with --seed=1, 2 and 3 (nanoGPT with the same settings: 1.898).
+Measured (two cores of an Intel Xeon, 2026-11-22): 80 seconds; loss over the whole val split 1.9039,
+1.9081 and 1.9023 with --seed=1, 2 and 3 (nanoGPT with the same settings: 1.898).
 """
 out_dir = 'out-shakespeare-char'
 eval_interval = 250

@@ -1,9 +1,12 @@
-"""config/train_shakespeare_char.py's model (10.65M parameters), in ten minutes on two CPU cores.
+"""config/train_shakespeare_char.py's model (10.65M parameters) in ten minutes on two CPU cores.
 
     python data/shakespeare_char/prepare.py
     python train.py config/train_shakespeare_char_ten_minutes.py
 
-Not measured yet.
+Measured (2 vCPUs of an AMD EPYC, Zen 5, 2026-11-30): 9 min 39 s and 9 min 26 s from start to end;
+loss over the whole val split, in windows of 256, 1.4264 and 1.4301 with --seed=11 and 12, which
+were not used for tuning. nanoGPT reports 1.4697, after three minutes on an A100. The CPU must
+multiply in bfloat16: others take several times as long.
 """
 include('train_shakespeare_char.py')
 

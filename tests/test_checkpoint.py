@@ -10,7 +10,7 @@ from conftest import load_state
 from test_model import SMALL, all_logits, random_ids, small
 
 import checkpoint
-from checkpoint import RunFolder, atomic_write, find, load, read_metrics
+from checkpoint import RunFolder, atomic_write, find, read_metrics, read_state
 from configurator import UserError, run_file
 from model import GPTConfig
 
@@ -42,7 +42,7 @@ def test_round_trip(tmp_path, options):
     model, idx = save(tmp_path, **options), random_ids(2, 16)
     path = find(tmp_path)
     assert path == find(path) == tmp_path / 'ckpt.pt'
-    loaded = checkpoint.build_model(load(path)).eval()
+    loaded = checkpoint.build_model(read_state(path)).eval()
     assert loaded.config == model.config
     assert torch.equal(all_logits(model, idx), all_logits(loaded, idx))
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
@@ -70,10 +70,10 @@ def test_nanogpts_own_checkpoint_opens(tmp_path, checkout, monkeypatch):
     assert 'stoi' in loaded['meta']                                 # the characters are not in the file
     torch.save(state | {'config': {'dataset': 'nowhere'}}, tmp_path / 'ckpt.pt')
     with pytest.raises(UserError, match="not GPT-2's.* data/nowhere/meta.pkl"):
-        load(tmp_path / 'ckpt.pt')
-    assert load(tmp_path / 'ckpt.pt', {'vocab_size': 23})['meta'] == {'vocab_size': 23}
+        read_state(tmp_path / 'ckpt.pt')
+    assert read_state(tmp_path / 'ckpt.pt', {'vocab_size': 23})['meta'] == {'vocab_size': 23}
     torch.save(state, tmp_path / 'ckpt.pt')
-    assert load(tmp_path / 'ckpt.pt', {'vocab_size': 23})['meta'] == loaded['meta']
+    assert read_state(tmp_path / 'ckpt.pt', {'vocab_size': 23})['meta'] == loaded['meta']
 
 
 def test_a_hostile_checkpoint_is_refused_and_runs_nothing(tmp_path, monkeypatch):
@@ -82,7 +82,7 @@ def test_a_hostile_checkpoint_is_refused_and_runs_nothing(tmp_path, monkeypatch)
         archive.writestr('ckpt/version', '3\n')
         archive.writestr('ckpt/data.pkl', b"cos\nmkdir\n(S'made'\ntR.")  # os.mkdir('made')
     with pytest.raises(UserError, match='ckpt.pt'):
-        load('ckpt.pt')
+        read_state('ckpt.pt')
     assert os.listdir() == ['ckpt.pt']
     torch.load('ckpt.pt', weights_only=False)                       # the payload is real
     assert os.path.exists('made')
@@ -106,7 +106,7 @@ def test_unusable_checkpoints_are_named(tmp_path):
     torch.save({'model': weights, 'model_args': {'vocab_size': 5}}, tmp_path / 'nan.pt')
     for name, words in (('ckpt.pt', 'is damaged'), ('list.pt', 'is damaged'), ('nan.pt', 'lm_head.weight')):
         with pytest.raises(UserError, match=f'{name}:? {words}'):
-            load(tmp_path / name)
+            read_state(tmp_path / name)
 
 
 def test_atomic_write_is_all_or_nothing(tmp_path):
@@ -248,7 +248,7 @@ def test_tied_weights_that_were_saved_once(tmp_path):
     state = load_state(tmp_path)
     del state['model']['lm_head.weight']
     torch.save(state, tmp_path / 'once.pt')
-    loaded = checkpoint.build_model(load(tmp_path / 'once.pt')).eval()
+    loaded = checkpoint.build_model(read_state(tmp_path / 'once.pt')).eval()
     assert torch.equal(all_logits(model, idx), all_logits(loaded, idx))
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
 

@@ -204,7 +204,7 @@ def test_lengths_and_a_short_val_split(checkout, trained):
 def test_what_is_no_other_seed(checkout, trained, tmp_path, monkeypatch):
     """A resumed run is one with its own seed, a copy adds nothing, and other data are refused."""
     monkeypatch.chdir(checkout)
-    state = checkpoint.load(trained / 'alibi/ckpt.pt')
+    state = checkpoint.read_state(trained / 'alibi/ckpt.pt')
     del state['path']
     for name, more in (('copy', {}), ('resumed', dict(seed=8, init_from='resume', log_interval=5)),
                        ('other', dict(seed=9, dataset='elsewhere')), ('smaller', dict(batch_size=2))):
@@ -243,5 +243,5 @@ def test_the_study_that_trains_its_own_models(checkout):
     apart = [*lengths, *lengths, 16, *lengths, *lengths, 16]
     assert [W for W, _ in rows(output)] == apart + 6 * lengths      # a window has no longer ones
     assert (checkout / 'out-extrapolation/alibi-7/alibi_extrapolation.png').exists()
-    run = checkpoint.load(checkout / 'out-extrapolation/rotary-7/ckpt.pt')['config']
+    run = checkpoint.read_state(checkout / 'out-extrapolation/rotary-7/ckpt.pt')['config']
     assert run['seed'] == 7 and run['use_rope'] and run['max_iters'] == 20

@@ -195,7 +195,7 @@ def test_twenty_kills(checkout, tmp_path):
         time.sleep(rng.uniform(0, min(cycle, 0.5)))                 # any moment between a save and the next
         os.kill(pid, signal.SIGKILL)
         assert forked().finish()[0] == -signal.SIGKILL
-        reached = checkpoint.load(parts / 'last.pt')['iter_num']
+        reached = checkpoint.read_state(parts / 'last.pt')['iter_num']
         assert reached % 2 == 0
     assert 20 < reached < 300
     run_script(checkout, 'train.py', *tiny(**options, init_from='resume', out_dir=parts))
@@ -327,7 +327,7 @@ def test_a_dead_process_ends_the_run(checkout, tmp_path):
     os.kill(children(process.pid)[-1], signal.SIGKILL)
     process.communicate(timeout=60)
     assert process.returncode != 0
-    assert checkpoint.load(tmp_path / 'out/last.pt')['iter_num'] >= 10
+    assert checkpoint.read_state(tmp_path / 'out/last.pt')['iter_num'] >= 10
 
 
 @pytest.mark.slow

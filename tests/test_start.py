@@ -11,7 +11,7 @@ from conftest import evaluations, load_state, losses, read_metrics, run_script, 
 import start
 import train
 from configurator import UserError
-from start import Start
+from start import Origin
 
 
 def files(folder):
@@ -56,7 +56,7 @@ def decide(tmp_path, monkeypatch):
     ('run', dict(resume_from='other/last.pt', auto_resume=True), ('continue', 'run/last.pt')),
 ])
 def test_the_settings_and_the_folder_decide(decide, out_dir, settings, expected):
-    assert decide(out_dir, **settings) == Start(*expected)
+    assert decide(out_dir, **settings) == Origin(*expected)
 
 
 @pytest.mark.parametrize('out_dir, settings, words', [
