@@ -209,6 +209,11 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(ndim, bias=bias)
 
 
+def make_norm(config: GPTConfig) -> nn.Module:
+    """The norm before each attention, each MLP and the head."""
+    return LayerNorm(config.n_embd, bias=config.bias)
+
+
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
                     channels: tuple | None, p: float) -> Tensor:
     """PyTorch's kernels for softmax(q k^T / sqrt(D) + mask) v, causal without a mask.
@@ -308,9 +313,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.ln_1 = LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = make_norm(config)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, **context) -> Tensor:
@@ -332,7 +337,7 @@ class GPT(nn.Module):
             modules['wpe'] = nn.Embedding(config.block_size, config.n_embd)
         modules['drop'] = Dropout(config.dropout)
         modules['h'] = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        modules['ln_f'] = LayerNorm(config.n_embd, bias=config.bias)
+        modules['ln_f'] = make_norm(config)
         self.transformer = nn.ModuleDict(modules)
         if config.use_alibi:
             self.register_buffer('slopes', alibi_slopes(config.n_head), persistent=False)  # (H,)
