@@ -146,12 +146,12 @@ def test_two_processes_resume_to_the_bit(checkout, tmp_path):
 
 
 PRINT_SHARE = """
-import optimizer as _optimizer
-whole_state = _optimizer.whole_state
-def count(sharded, machine):
-    print(f"share: {sum(t.numel() for s in sharded.optim.state.values() for t in s.values())}")
-    return whole_state(sharded, machine)
-_optimizer.whole_state = count
+from optimizer import Sharded as _Sharded
+state_dict = _Sharded.state_dict
+def count(sharded):
+    print(f"share: {sum(t.numel() for s in sharded.opt.state.values() for t in s.values())}")
+    return state_dict(sharded)
+_Sharded.state_dict = count
 """
 
 
