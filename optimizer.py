@@ -131,8 +131,12 @@ def configure_muon(model, weight_decay, learning_rate, betas, muon_learning_rate
     q_k_v = [p for name, p in matrices.items() if 'c_attn' in name]
     others = [p for name, p in matrices.items() if 'c_attn' not in name]
     rest = [p for p in model.parameters() if p not in {*matrices.values()}]
-    muon = dict(lr=muon_learning_rate, lr_ratio=muon_learning_rate / learning_rate,
-                momentum=momentum, beta2=beta2, weight_decay=weight_decay)
+    muon = dict(
+        lr=muon_learning_rate,
+        lr_ratio=muon_learning_rate / learning_rate,
+        momentum=momentum,
+        beta2=beta2,
+        weight_decay=weight_decay)
     adamw = dict(lr=learning_rate, lr_ratio=1.0, betas=betas)
     groups = [
         dict(muon, params=q_k_v, stacked=3),
@@ -155,9 +159,9 @@ def load_state(opt: torch.optim.Optimizer, saved: dict) -> None:
 def divide(groups: list[dict], world_size: int) -> dict[torch.Tensor, list[int]]:
     """How many rows of each parameter each process updates.
 
-    A parameter goes whole to the process with the fewest numbers so far. Only one of AdamW's that
-    exceeds a process's share of its group, as an embedding may, is divided among all, by 16 rows:
-    on a CPU the last numbers of a part, if they do not fill a vector, would be rounded differently.
+    A parameter goes whole to the process with the fewest numbers so far. But one of AdamW's that is
+    larger than a process's share of its group, as an embedding may be, is divided among all. Parts
+    have multiples of 16 rows: a CPU may round the numbers that do not fill a vector differently.
     """
     rows = {}
     load = [0] * world_size
@@ -165,13 +169,14 @@ def divide(groups: list[dict], world_size: int) -> dict[torch.Tensor, list[int]]
         share = sum(p.numel() for p in group['params']) / world_size
         for p in group['params']:
             if p.numel() > share and 'momentum' not in group:
-                n = 16 * math.ceil(len(p) / 16 / world_size)
-                rows[p] = [max(0, min(n, len(p) - rank * n)) for rank in range(world_size)]
-                continue
-            rank = load.index(min(load))
-            load[rank] += p.numel()
-            rows[p] = [0] * world_size
-            rows[p][rank] = len(p)
+                most = 16 * math.ceil(len(p) / 16 / world_size)
+                parts = [len(part) for part in p.split(most)]
+                rows[p] = parts + [0] * (world_size - len(parts))
+            else:
+                rank = load.index(min(load))
+                load[rank] += p.numel()
+                rows[p] = [0] * world_size
+                rows[p][rank] = len(p)
     return rows
 
 
@@ -213,7 +218,7 @@ class Sharded(torch.optim.Optimizer):
                     dist.broadcast(part, rank)
 
     def state_dict(self) -> dict:
-        """In the first process the whole state, on the CPU. All processes must call this."""
+        """The whole state, on the CPU, in the first process. All of them must call this."""
         whole = self.opt.state_dict()
         for i, rows in enumerate(self.rows.values()):
             own = whole['state'].pop(i, {})
@@ -225,13 +230,14 @@ class Sharded(torch.optim.Optimizer):
 
     def load_state_dict(self, saved: dict) -> None:
         """Take this process's rows of a whole state."""
-        own = {}
+        states = {}
         for i, (p, part) in enumerate(self.parts.items()):
             if len(part) > 0 and i in saved['state']:
-                own[i] = dict(saved['state'][i])
-                for name in own[i].keys() - {'step'}:
-                    own[i][name] = self.own_rows(p, own[i][name]).clone()
-        self.opt.load_state_dict({**saved, 'state': own})
+                states[i] = {}
+                for name, value in saved['state'][i].items():
+                    own = value if name == 'step' else self.own_rows(p, value)
+                    states[i][name] = own.clone()
+        self.opt.load_state_dict({**saved, 'state': states})
 
 
 def join(states: list[dict]) -> dict:
@@ -240,7 +246,7 @@ def join(states: list[dict]) -> dict:
     for state in states:
         for name, value in state.items():
             values[name].append(value)
-    joined = {name: torch.cat(parts) for name, parts in values.items() if name != 'step'}
-    if 'step' in values:
-        joined['step'] = values['step'][0]
+    joined = {}
+    for name, parts in values.items():
+        joined[name] = parts[0] if name == 'step' else torch.cat(parts)
     return joined
