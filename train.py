@@ -98,7 +98,7 @@ import checkpoint
 import runtime
 import start
 from dataset import doubts, draw_batch, epoch_starts, fingerprint, load_meta, load_split
-from optimizer import configure_muon, load_state, shard, whole_state
+from optimizer import Sharded, configure_muon, load_state
 from runtime import derive_seed
 
 A100_FLOPS = 312e12  # in bfloat16: mfu is a share of it where the device's own peak is not known
@@ -142,13 +142,13 @@ def accumulate(model, scaler, machine, get_batch, n_batches, checkpoint_activati
     return losses
 
 
-def update(params, optimizer, scaler, grad_clip):
+def update(params, opt, scaler, grad_clip):
     """Update the params (a list) by their gradient. Returns its norm before clipping, a tensor."""
-    scaler.unscale_(optimizer)
+    scaler.unscale_(opt)
     norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
-    scaler.step(optimizer)
+    scaler.step(opt)
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    opt.zero_grad(set_to_none=True)
     return norm
 
 
@@ -161,7 +161,7 @@ def make_optimizer(model, saved, machine):
     else:
         opt = model.configure_optimizers(*common, machine.device.type)
     if shard_optimizer and machine.world_size > 1:
-        opt = shard(opt)
+        opt = Sharded(opt, machine.rank, machine.world_size)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == 'float16')
     if saved:
         load_state(opt, saved['optimizer'])
@@ -455,7 +455,7 @@ def train():
         stop = runtime.StopSignals()
 
         def save(is_best=False, keep=0):
-            optimizer_state = whole_state(opt, machine)
+            optimizer_state = opt.state_dict()  # in every process: each may hold a part
             if folder:
                 folder.save(dict(
                     model=raw_model.state_dict(), optimizer=optimizer_state,

@@ -1,10 +1,12 @@
 """optimizer.py: Muon against PyTorch's and the SVD, AdamW against PyTorch's."""
+from copy import deepcopy
+
 import pytest
 import torch
 
 import optimizer as module
 from model import GPT, GPTConfig
-from optimizer import Muon, configure_muon, orthogonalize
+from optimizer import Muon, Sharded, configure_muon, divide, join, load_state, orthogonalize
 
 SHAPES = [(24, 24), (96, 24), (24, 96), (24, 32), (72, 24)]         # the last: three square ones
 
@@ -21,7 +23,7 @@ def muon_group(params, stacked=1, lr=0.02, momentum=0.95, weight_decay=0.1, beta
 
 def mixed():
     """Parameters and their optimizer: Muon for SHAPES, AdamW for an embedding and a vector."""
-    embedding = torch.randn(7, 24, generator=torch.Generator().manual_seed(9))
+    embedding = torch.randn(50, 24, generator=torch.Generator().manual_seed(9))
     params = matrices() + [torch.nn.Parameter(embedding), torch.nn.Parameter(torch.ones(24))]
     groups = [muon_group(params[4:5], stacked=3), muon_group(params[:4]),
               dict(params=params[5:6], lr=6e-3, betas=(0.8, 0.95), weight_decay=0.3),
@@ -140,6 +142,67 @@ def test_loaded_step_counts_go_where_the_parameters_are():
                       for group in saved[1].state_dict()['param_groups']])
     optimizer.load_state_dict(saved[1].state_dict())
     assert {value.device.type for p in params for value in optimizer.state[p].values()} == {'meta'}
+
+
+# the state in parts
+
+@pytest.mark.parametrize('world_size', [2, 3, 8])
+def test_sharded_is_the_optimizer_to_the_bit(monkeypatch, world_size):
+    """Each process loads its rows of a state and updates them: together they are the whole optimizer's."""
+    monkeypatch.setattr(module.dist, 'broadcast', lambda part, rank: None)
+    params, whole = mixed()
+    give_gradients(params, 0)
+    whole.step()
+    saved = deepcopy(whole.state_dict())
+    weights = [p.detach().clone() for p in params]
+    processes = []
+    for rank in range(world_size):
+        own_params, opt = mixed()
+        for p, weight in zip(own_params, weights, strict=True):
+            p.data.copy_(weight)
+        processes.append(Sharded(opt, rank, world_size))
+        load_state(processes[-1], saved)
+        give_gradients(own_params, 1)
+        processes[-1].param_groups[0]['lr'] = 0.01
+        processes[-1].step()
+        processes[-1].zero_grad()
+    give_gradients(params, 1)
+    whole.param_groups[0]['lr'] = 0.01
+    whole.step()
+    ordered = [p for group in whole.param_groups for p in group['params']]
+    for i, p in enumerate(ordered):
+        parts = [list(sharded.parts.values())[i] for sharded in processes]
+        assert torch.equal(torch.cat(parts), p)
+        joined = join([sharded.opt.state_dict()['state'].get(i, {}) for sharded in processes])
+        assert joined.keys() == whole.state[p].keys()
+        assert all(torch.equal(joined[name], whole.state[p][name]) for name in joined)
+    embedding = [len(list(sharded.parts.values())[5]) for sharded in processes]
+    assert sum(embedding) == 50 and max(embedding) <= 32
+
+
+@pytest.mark.parametrize('world_size', [2, 8])
+@pytest.mark.parametrize('kind', ['adamw', 'muon'])
+def test_shares_of_gpt2(kind, world_size):
+    """Each process has about as much of the state of GPT-2 124M, and as many of Muon's numbers."""
+    with torch.device('meta'):
+        model = GPT(GPTConfig(bias=False))
+    opt = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
+    if kind == 'muon':
+        opt = configure_muon(model, 0.1, 1e-3, (0.9, 0.95), 0.02, 0.95, 0.95, 5)
+    rows = divide(opt.param_groups, world_size)
+    state, muon = [0] * world_size, [0] * world_size
+    for group in opt.param_groups:
+        for p in group['params']:
+            assert sum(rows[p]) == len(p)
+            for rank, n in enumerate(rows[p]):
+                if 'momentum' in group:
+                    assert n in (0, len(p))
+                    muon[rank] += n * p[0].numel()
+                    state[rank] += n * (p[0].numel() + 1)
+                else:
+                    state[rank] += 2 * n * p[0].numel() + (n > 0)
+    assert max(state) < 1.07 * sum(state) / world_size
+    assert max(muon) < 1.12 * sum(muon) / world_size + 1
 
 
 def test_muon_takes_the_matrices_of_the_blocks():
