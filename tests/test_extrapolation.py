@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import error_line, run_script, tiny
+from matplotlib.figure import Figure
 from test_model import random_ids, small
 
 import checkpoint
@@ -140,6 +141,26 @@ def test_results_are_paired_by_target_and_seed():
     assert alone['windows'][1]['sliding']['difference_from_first'] is None
 
 
+def test_the_picture(monkeypatch, tmp_path):
+    """Each method's mean by position, and a band of its error, in both panels."""
+    figures = []
+    monkeypatch.setattr(Figure, 'savefig', lambda figure, *args, **options: figures.append(figure))
+    methods = []
+    for name, losses in (('ALiBi, in full', [[2.0, 0.5], [1.0, 0.25]]),
+                         ('rotary, rolling', [[4.0, 0.25], [3.0, 1.0]])):
+        methods.append({'name': name, 'trained_length': 16,
+                        'by_position': {'position': [2, 6], 'loss': losses}})
+    script.plot(methods, tmp_path / 'a.png')
+    for axes in figures[0].axes:
+        means = [[*line.get_ydata()] for line in axes.lines if not line.get_label().startswith('_')]
+        assert means == [[2.0, 1.0], [4.0, 3.0]]
+        bands = [{tuple(point) for point in band.get_paths()[0].vertices} for band in axes.collections]
+        assert bands == [{(2, 1.5), (2, 2.5), (6, 0.75), (6, 1.25)},
+                         {(2, 3.75), (2, 4.25), (6, 2.0), (6, 4.0)}]
+    legend, = figures[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ['ALiBi, in full', 'rotary, rolling']
+
+
 @pytest.fixture(scope='module')
 def trained(checkout, tmp_path_factory):
     """Folders of short runs: two of ALiBi with different seeds, one with learned positions."""
@@ -186,6 +207,12 @@ def test_the_script(checkout, trained):
                 assert row[protocol]['loss'][0] == pytest.approx(loss, abs=1e-4)
             first += 5
     assert full['windows'][0]['sliding']['loss'] == rolling['windows'][0]['sliding']['loss']
+    for method in (full, rolling, learned):                         # stretches of 8 tokens
+        for row in method['windows']:
+            assert row['sliding']['loss'] == method['by_position']['loss'][row['window'] // 8 - 1]
+    for method, is_paired in ((full, False), (rolling, True), (learned, False)):
+        for row in method['windows']:                               # with two seeds, as the first has
+            assert (row['sliding']['difference_from_first'] is not None) == is_paired
     assert ['non_overlapping' in row for row in learned['windows']] == [True, *4 * [False]]
     assert len(learned['by_position']['loss']) == 32
     assert path.with_suffix('.png').read_bytes().startswith(b'\x89PNG')
