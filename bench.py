@@ -15,6 +15,7 @@ middle half in brackets.
 """
 import os
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -38,20 +39,11 @@ profile = False                # print where the time goes; bench-trace.json for
 # --------------------------------------------------------------------------------------------------
 from configurator import configure, run_file
 
-
-def settings_of(path: Path) -> dict:
-    """The settings of a script. Its text is run as far as the line that imports the configurator.
-
-    To import the script would run its slow imports, too, and a typo would wait for PyTorch.
-    """
-    text = path.read_text(encoding='utf-8').partition('\nfrom configurator import')[0]
-    names = {}
-    exec(text, names)
-    return {name: value for name, value in names.items()
-            if type(value) in (bool, int, float, str) and not name.startswith('_')}
-
-
-globals().update(settings_of(Path(__file__).with_name('train.py')) | globals())
+# train.py's settings: its text as far as this import. To import all of it would wait for PyTorch.
+_text = Path(__file__).with_name('train.py').read_text(encoding='utf-8')
+_train = {}
+exec(_text.partition('\nfrom configurator import')[0], _train)
+globals().update(_train | globals())
 configure(globals())
 os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # PyTorch's profiler reports its own stages
 
@@ -79,10 +71,10 @@ class Job(NamedTuple):
 
 # ---- measuring -----------------------------------------------------------------------------------
 
-def alternate(kinds, blocks, steps, device=torch.device('cpu')):
+def alternate(kinds, blocks, steps, device):
     """Run the kinds' step(k), block by block in turn, `steps` times in a block.
 
-    Returns the seconds per step, a list by name.
+    kinds: a function by name. Returns the seconds per step in each block, a list by name.
     """
     times = {name: [] for name in kinds}
     for block in range(blocks):
@@ -122,12 +114,12 @@ def choose_kinds(settings):
     """The settings that each kind of step has, by its name in the table."""
     plain = {name: getattr(GPTConfig, name) for name in start.model_settings(settings)
              if name not in checkpoint.NANOGPT_ARGS}
-    switches = [name for name, default in plain.items() if default is False]
     plain['optimizer'] = 'adamw'
     kinds = {'learned positions': plain}
-    for name in switches:
-        kinds[name] = {**plain, name: True}
-    kinds['optimizer=muon'] = {**plain, 'optimizer': 'muon'}
+    for name, default in plain.items():
+        if default is False:                            # a switch
+            kinds[name] = plain | {name: True}
+    kinds['optimizer=muon'] = plain | {'optimizer': 'muon'}
     configured = {name: getattr(settings, name) for name in plain}
     if configured not in kinds.values():
         kinds['as configured'] = configured
@@ -159,27 +151,30 @@ def make_step(job, **changes):
 
 def bench_training(job):
     """Print the table of training steps."""
-    machine, settings = job.machine, job.settings
+    settings = job.settings
+    device = job.machine.device
     kinds = choose_kinds(settings)
     if 'as configured' in kinds:
         configured = kinds['as configured'].items()
         print("as configured:", *(f'{name}={value}' for name, value in configured))
-    models, step_of, seconds = {}, {}, []
+    models = {}
+    step_of = {}
+    seconds = []
     for name, changes in kinds.items():
-        if machine.device.type == 'cuda':
+        if device.type == 'cuda':
             torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()  # by the kinds before; 0 without a GPU
         models[name], step_of[name] = make_step(job, **changes)
-        first = alternate({name: step_of[name]}, 2, 1, machine.device)[name]
-        seconds.append(first[1])
+        first, second = alternate({name: step_of[name]}, 2, 1, device)[name]
+        seconds.append(second)
         peak = torch.cuda.max_memory_allocated() - held
         memory = f", peak memory {peak / 2**30:.2f} GiB" if peak else ''
-        print(f"{name}: first step {first[0]:.1f} s{memory}")
+        print(f"{name}: first step {first:.1f} s{memory}")
 
     n = steps or max(1, round(0.5 / min(seconds)))
-    times = alternate(step_of, blocks, n, machine.device)
+    times = alternate(step_of, blocks, n, device)
     print_table(f'{blocks} blocks x {n} steps', times, settings.batch_size * settings.block_size)
-    peak_flops = runtime.peak_flops(machine)
+    peak_flops = runtime.peak_flops(job.machine)
     if peak_flops:
         for name in times:
             mfu = models[name].estimate_mfu(settings.batch_size, np.median(times[name]), peak_flops)
@@ -189,22 +184,20 @@ def bench_training(job):
 def write_profile(job):
     """Trace five steps: print the ten most expensive operations, and write bench-trace.json."""
     device = job.machine.device
+    is_gpu = device.type == 'cuda'
     _, step = make_step(job)
     alternate({'profile': step}, 2, 1, device)  # the first one compiles
-    activities = {torch.profiler.ProfilerActivity.CPU}
-    if device.type == 'cuda':
-        activities.add(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as trace:
+    with torch.profiler.profile() as trace:
         alternate({'profile': step}, 1, 5, device)
     trace.export_chrome_trace('bench-trace.json')
-    unit = 'self_device_time_total' if device.type == 'cuda' else 'self_cpu_time_total'
-    times = {
-        event.key: getattr(event, unit) for event in trace.key_averages()
-        if not event.is_user_annotation
-        and (event.device_type.name == 'CUDA') == (device.type == 'cuda')}
+    times = Counter()                           # in microseconds
+    for event in trace.key_averages():
+        is_kernel = event.device_type.name == 'CUDA'
+        if is_kernel == is_gpu and not event.is_user_annotation:
+            times[event.key] = event.self_device_time_total if is_gpu else event.self_cpu_time_total
     print(f"\n{'the most expensive operations':57}{'ms a step':>12}{'share':>10}")
-    for name, time_us in sorted(times.items(), key=lambda item: -item[1])[:10]:
-        print(f"{name[:56]:57}{time_us / 5000:>12.2f}{time_us / sum(times.values()):>10.1%}")
+    for name, time_us in times.most_common(10):
+        print(f"{name[:56]:57}{time_us / 5000:>12.2f}{time_us / times.total():>10.1%}")
 
 
 def bench():

@@ -66,15 +66,6 @@ def whole_text_losses(model, machine, ids, W):
     return torch.cat(parts)
 
 
-def is_same_vocabulary(a, b):
-    """Whether token ids mean the same by two data sets' meta, as far as these tell."""
-    if a is None or b is None:
-        return a is b
-    if 'stoi' in a and 'stoi' in b:
-        return a['stoi'] == b['stoi']
-    return a['vocab_size'] == b['vocab_size']
-
-
 def read_ids(state, tok):
     """What the text is called, and its token ids (N,). Raises UserError for another vocabulary."""
     if len(paths) == 2:
@@ -82,9 +73,7 @@ def read_ids(state, tok):
         return path, torch.tensor(tok.encode(path.read_text(encoding='utf-8-sig')))
     name = dataset or state['config'].get('dataset', '')
     meta = load_meta(name)
-    if meta is None and name == state['config'].get('dataset'):
-        meta = state['meta']  # a run knows the vocabulary of its own data without meta.pkl
-    if not is_same_vocabulary(meta, state['meta']):
+    if meta != state['meta']:
         raise UserError(f"data/{name} has a different vocabulary from the training data of "
                         f"{state['path']}")
     data = load_split(name, 'val', 1, meta)

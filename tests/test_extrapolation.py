@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import error_line, run_script, tiny
+from matplotlib.figure import Figure
 from test_model import random_ids, small
 
 import checkpoint
@@ -64,16 +65,16 @@ def test_rolling_losses_are_those_of_a_query_that_sees_its_last_keys(positions):
             assert loss.item() == pytest.approx(ours[t].item(), abs=1e-5)
 
 
-@pytest.mark.parametrize('is_window', [False, True])
+@pytest.mark.parametrize('is_recomputed', [False, True])
 @pytest.mark.parametrize('positions', [{}, dict(use_alibi=True), dict(use_rope=True)])
-def test_losses_by_position_equal_one_forward_for_each(positions, is_window, monkeypatch):
+def test_losses_by_position_equal_one_forward_for_each(positions, is_recomputed, monkeypatch):
     """The targets are passages spread over the whole text. A window sees the last block_size tokens."""
-    if not positions and not is_window:
+    if not positions and not is_recomputed:
         return                                                      # learned positions end
     monkeypatch.setattr(script, 'PASSAGES', 5)
     monkeypatch.setattr(script, 'targets', 40)                      # two stretches in a passage
     model, s, W = small(**positions), 4, 64
-    losses = script.by_position_losses(model, MACHINE, DATA, W, s, is_window)
+    losses = script.by_position_losses(model, MACHINE, DATA, W, s, is_recomputed)
     assert losses.shape == (W // s, 40)
     starts = torch.linspace(0, 300 - 17 * s, 5).long().tolist()     # of 15 stretches and a passage
     assert starts[-1] + 17 * s == 300                               # the last target ends the text
@@ -81,7 +82,7 @@ def test_losses_by_position_equal_one_forward_for_each(positions, is_window, mon
         for n in (0, 3, 4, 18, 39):
             place = starts[n // 8] + 15 * s + 1 + n % 8
             start = place - 1 - (n % 4) - j * s                     # of the window
-            if is_window and j >= 16 // s:
+            if is_recomputed and j >= 16 // s:
                 start = place - 16
             assert losses[j, n].item() == pytest.approx(naive_loss(model, start, place), abs=1e-5)
 
@@ -95,7 +96,6 @@ def test_standard_errors():
     repeated = means[0].repeat_interleave(10, dim=1)                # neighbours that are alike
     naively = repeated.std().item() / math.sqrt(500)
     assert script.estimate(repeated)[1] > 2 * naively               # blocks see through it
-    assert script.estimate(means[0, :, :1])[1] is None
 
 
 def test_results_are_paired_by_target_and_seed():
@@ -106,11 +106,17 @@ def test_results_are_paired_by_target_and_seed():
     def draw(*shape):
         return text + 0.1 * torch.randn(2, *shape).double()
 
-    losses, first = ({'windows': [16, 32], 'stretch': 4, 'by_position': draw(8, 160),
-                      'non_overlapping': [draw(160), draw(160)]} for _ in range(2))
-    states = 2 * [{'config': {'seed': 1}}]
-    method = script.Method('ALiBi', 'in full', 'ALiBi, in full', 16, ['a', 'b'], [], states)
+    def results():
+        curves = draw(8, 160)
+        return {'by_position': curves, 'sliding': {16: curves[:, 3], 32: curves[:, 7]},
+                'non_overlapping': {16: draw(160), 32: draw(160)}}
+
+    losses = results()
+    first = results()
+    group = [script.Run(name, seed, {}, None, {}) for name, seed in (('a', 1), ('b', 2))]
+    method = script.Method('in full', 'ALiBi, in full', 16, group)
     result = script.summary(method, losses, first)
+    assert result['folders'] == ['a', 'b'] and result['seeds'] == [1, 2]
 
     def expected(values):                                           # (2, 160), blocks of 5
         blocks = np.mean(values.numpy(), axis=0).reshape(-1, 5).mean(axis=1)
@@ -119,21 +125,40 @@ def test_results_are_paired_by_target_and_seed():
         error = math.sqrt(text_error**2 + seed_error**2)
         return pytest.approx([values.mean().item(), error], abs=1e-9)
 
-    curves, theirs = losses['by_position'], first['by_position']
-    for protocol, ours, base in (
-            ('non_overlapping', losses['non_overlapping'], first['non_overlapping']),
-            ('sliding', [curves[:, 3], curves[:, 7]], [theirs[:, 3], theirs[:, 7]])):
+    curves = losses['by_position']
+    for protocol in ('non_overlapping', 'sliding'):
+        ours = losses[protocol]
         cell_1x, cell = [row[protocol] for row in result['windows']]
-        assert cell['loss'] == expected(ours[1]) and cell['targets'] == 160
-        assert cell['change_from_1x'] == expected(ours[1] - ours[0])
-        assert cell['difference_from_first'] == expected(ours[1] - base[1])
+        assert cell['loss'] == expected(ours[32]) and cell['targets'] == 160
+        assert cell['change_from_1x'] == expected(ours[32] - ours[16])
+        assert cell['difference_from_first'] == expected(ours[32] - first[protocol][32])
         assert cell_1x['change_from_1x'] is None
     curve = result['by_position']
     assert curve['position'] == [2, 6, 10, 14, 18, 22, 26, 30] and curve['targets'] == 160
     for j in range(8):
         assert curve['loss'][j] == expected(curves[:, j])
-    alone = script.summary(method, losses, losses)                  # the first itself
+    alone = script.summary(method, losses, {})                      # nothing to compare with
     assert alone['windows'][1]['sliding']['difference_from_first'] is None
+
+
+def test_the_picture(monkeypatch, tmp_path):
+    """Each method's mean by position, and a band of its error, in both panels."""
+    figures = []
+    monkeypatch.setattr(Figure, 'savefig', lambda figure, *args, **options: figures.append(figure))
+    methods = []
+    for name, losses in (('ALiBi, in full', [[2.0, 0.5], [1.0, 0.25]]),
+                         ('rotary, rolling', [[4.0, 0.25], [3.0, 1.0]])):
+        methods.append({'name': name, 'trained_length': 16,
+                        'by_position': {'position': [2, 6], 'loss': losses}})
+    script.plot(methods, tmp_path / 'a.png')
+    for axes in figures[0].axes:
+        means = [[*line.get_ydata()] for line in axes.lines if not line.get_label().startswith('_')]
+        assert means == [[2.0, 1.0], [4.0, 3.0]]
+        bands = [{tuple(point) for point in band.get_paths()[0].vertices} for band in axes.collections]
+        assert bands == [{(2, 1.5), (2, 2.5), (6, 0.75), (6, 1.25)},
+                         {(2, 3.75), (2, 4.25), (6, 2.0), (6, 4.0)}]
+    legend, = figures[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ['ALiBi, in full', 'rotary, rolling']
 
 
 @pytest.fixture(scope='module')
@@ -156,7 +181,7 @@ def test_the_script(checkout, trained):
     short = ['--val_tokens=5000', '--targets=1024']
     alone = [rows(run_script(checkout, SCRIPT, trained / name, *short)) for name in ('alibi', 'second')]
     output = run_script(checkout, SCRIPT, trained / 'alibi', trained / 'second',
-                        f'--out_dir={trained}/learned', *short)
+                        trained / 'learned', *short)
     table = rows(output)
     lengths = [32, 48, 64, 128, 256]
     assert [W for W, _ in table] == [*lengths, *lengths, 32, *lengths, *lengths, *lengths]
@@ -164,9 +189,10 @@ def test_the_script(checkout, trained):
     ours = table[:10] + table[11:21]
     for (_, loss), (_, first), (_, second) in zip(ours, *alone, strict=True):
         assert loss == pytest.approx((first + second) / 2, abs=2e-4) and 2 < loss < 4.5
-    assert 'ALiBi, in full, 2 seeds' in output and 'ALiBi, rolling, 2 seeds' in output
-    assert 'learned, window, 1 seed' in output
-    assert '5,000 tokens (--val_tokens)' in output and 'windows, 4,999 targets' in output
+    for name in ('ALiBi, in full (seeds: [1337, 7])', 'ALiBi, rolling (seeds: [1337, 7])',
+                 'learned, recomputed (seeds: [1337])'):
+        assert output.splitlines().count(name) == 2
+    assert '5,000 tokens (--val_tokens=5000)' in output and 'windows, 4,999 targets' in output
     assert '>>> marks where the trained length of 32 ends' in output
     assert all(len(line) <= 80 for line in output.splitlines()
                if str(trained) not in line and '>>>' not in line)
@@ -181,6 +207,12 @@ def test_the_script(checkout, trained):
                 assert row[protocol]['loss'][0] == pytest.approx(loss, abs=1e-4)
             first += 5
     assert full['windows'][0]['sliding']['loss'] == rolling['windows'][0]['sliding']['loss']
+    for method in (full, rolling, learned):                         # stretches of 8 tokens
+        for row in method['windows']:
+            assert row['sliding']['loss'] == method['by_position']['loss'][row['window'] // 8 - 1]
+    for method, is_paired in ((full, False), (rolling, True), (learned, False)):
+        for row in method['windows']:                               # with two seeds, as the first has
+            assert (row['sliding']['difference_from_first'] is not None) == is_paired
     assert ['non_overlapping' in row for row in learned['windows']] == [True, *4 * [False]]
     assert len(learned['by_position']['loss']) == 32
     assert path.with_suffix('.png').read_bytes().startswith(b'\x89PNG')
@@ -202,32 +234,39 @@ def test_lengths_and_a_short_val_split(checkout, trained):
 
 
 def test_what_is_no_other_seed(checkout, trained, tmp_path, monkeypatch):
-    """A resumed run is one with its own seed, a copy adds nothing, and other data are refused."""
+    """A run that was resumed has its own seed, a copy adds nothing to a row, other data are refused."""
     monkeypatch.chdir(checkout)
     state = checkpoint.read_state(trained / 'alibi/ckpt.pt')
     del state['path']
-    for name, more in (('copy', {}), ('resumed', dict(seed=8, init_from='resume', log_interval=5)),
+    for name, more in (('copy', {}), ('resumed', dict(seed=8, log_interval=5)),
+                       ('finetuned', dict(seed=9, init_from='gpt2')),
                        ('other', dict(seed=9, dataset='elsewhere')), ('smaller', dict(batch_size=2))):
         torch.save(state | dict(config=state['config'] | more), tmp_path / f'{name}.pt')
+    def load(*paths):
+        runs = [script.load_run(path, MACHINE) for path in paths]
+        return script.make_methods(script.group_runs(runs))
+
     folders = [trained / 'alibi', tmp_path / 'resumed.pt']
-    assert [len(method.models) for method in script.load_methods(folders, MACHINE)] == [2, 2]
+    assert [len(method.group) for method in load(*folders)] == [2, 2]
+    for name in ('copy', 'finetuned'):                              # rows of their own
+        methods = load(*folders, tmp_path / f'{name}.pt')
+        assert [len(method.group) for method in methods] == [2, 2, 1, 1]
+    assert methods[-1].name == 'ALiBi, rolling, init_from=gpt2'
     forked = torch.load(tmp_path / 'smaller.pt')
     forked['config']['qk_norm'] = True                              # a switch of somebody's own
     torch.save(forked, tmp_path / 'smaller.pt')
-    methods = script.load_methods([*folders, tmp_path / 'smaller.pt'], MACHINE)
+    methods = load(*folders, tmp_path / 'smaller.pt')
     size = state['config']['batch_size']
     assert [method.name for method in methods] == [
         f'ALiBi, in full, batch_size={size}', f'ALiBi, rolling, batch_size={size}',
         'ALiBi, in full, batch_size=2, qk_norm=True', 'ALiBi, rolling, batch_size=2, qk_norm=True']
-    with pytest.raises(UserError, match='copy.pt has the same settings and seed as another run'):
-        script.load_methods([*folders, tmp_path / 'copy.pt'], MACHINE)
-    methods = script.load_methods([*folders, tmp_path / 'other.pt'], MACHINE)
+    methods = load(*folders, tmp_path / 'other.pt')
     assert script.load_data(methods)[0] == 'pydocs_char'            # the first one's
     (checkout / 'data/bpe').mkdir()                                 # without meta.pkl
     shutil.copy(checkout / 'data/pydocs_char/val.bin', checkout / 'data/bpe')
     monkeypatch.setattr(script, 'dataset', 'bpe')
     with pytest.raises(UserError, match='data/bpe has a different vocabulary'):
-        script.load_data(script.load_methods(folders, MACHINE))
+        script.load_data(load(*folders))
 
 
 @pytest.mark.slow
@@ -239,9 +278,9 @@ def test_the_study_that_trains_its_own_models(checkout):
     output = run_script(checkout, SCRIPT, '--training=config/short.py', '--targets=256', '--seed=7',
                         '--val_tokens=2000')
     lengths = [16, 24, 32, 64, 128]
-    # ALiBi in full and rolling, rotary positions in a window, rolling and in full, learned ones
+    # ALiBi in full and rolling, rotary recomputed, rolling and in full, learned recomputed
     apart = [*lengths, *lengths, 16, *lengths, *lengths, 16]
-    assert [W for W, _ in rows(output)] == apart + 6 * lengths      # a window has no longer ones
+    assert [W for W, _ in rows(output)] == apart + 6 * lengths      # recomputed: none longer
     assert (checkout / 'out-extrapolation/alibi-7/alibi_extrapolation.png').exists()
     run = checkpoint.read_state(checkout / 'out-extrapolation/rotary-7/ckpt.pt')['config']
     assert run['seed'] == 7 and run['use_rope'] and run['max_iters'] == 20
