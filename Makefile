@@ -6,8 +6,8 @@ PYTHON ?= python3
 PY := .venv/bin/python
 INSTALL = $(PY) -m pip install -c constraints.txt
 
-# on Linux PyTorch's default build brings CUDA, several GB; without an NVIDIA driver the CPU's will do
-CPU_BUILD = $$(test "$$(uname)" != Linux || command -v nvidia-smi > /dev/null || echo --extra-index-url=https://download.pytorch.org/whl/cpu)
+# on Linux PyTorch's default build brings CUDA, several GB. Without an NVIDIA driver take the CPU's, if its index can be reached
+CPU_BUILD = $$(test "$$(uname)" != Linux || command -v nvidia-smi > /dev/null || echo --retries=0 --extra-index-url=https://download.pytorch.org/whl/cpu)
 
 # a GPU takes the larger model by itself
 CONFIG = $$($(PY) -c "import torch; print('config/train_shakespeare_char' + ('' if torch.cuda.is_available() else '_fast') + '.py')")
@@ -38,7 +38,7 @@ test-slow: .venv/installed-tests
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'error: Python 3.11 or newer is needed: make PYTHON=python3.11')"
 	@echo "installing PyTorch and the rest into .venv, once: minutes, as the network allows"
 	test -x .venv/bin/pip || $(PYTHON) -m venv .venv
-	$(INSTALL) $(CPU_BUILD) torch
+	$(INSTALL) --no-deps $(CPU_BUILD) torch
 	$(INSTALL) -e .
 	touch $@
 
