@@ -1,13 +1,18 @@
 """Does a model keep working on texts longer than it was trained on? Learned, rotary and ALiBi.
 
-    python sample_alibi_extrapolation.py                   train small models and compare them
-    python sample_alibi_extrapolation.py out-a out-b out-c   your own: one, or several
+    python sample_alibi_extrapolation.py
+        trains small models and compares them
+    python sample_alibi_extrapolation.py out-a out-b out-c
+        your own: one, or several
 
 Prints the loss on the same targets in windows of 1, 1.5, 2, 4 and 8 times the trained length L
 (Press et al. 2022, arXiv 2108.12409), where each token is predicted from
+
     in full   all tokens of the window before it (ALiBi and rotary positions)
     rolling   the last L keys and values, as they were computed (the same two)
-    window    the last L tokens, computed again for each token (rotary and learned positions)
+    window    the last L tokens, computed again for each token
+              (rotary and learned positions)
+
 generate() does the first for ALiBi, the second for rotary positions, the third for learned ones.
 Runs that differ only in their seed are averaged. All losses, also by position, go to
 alibi_extrapolation.json and .png in the first folder. More: docs/alibi.md.
@@ -24,7 +29,7 @@ from typing import NamedTuple
 # -------------------------------------------------------------------------------------------------
 # settings
 runs = []                      # the folders of runs; if there are none, models are trained
-out_dir = ''                   # one more folder
+out_dir = ''                   # the folder of one more run
 dataset = ''                   # a folder of data/; '': the one the first model was trained on
 lengths = '1,1.5,2,4,8'        # of the windows, as multiples of the trained length
 training = 'config/train_shakespeare_char_fast.py'  # the config of the models trained here
