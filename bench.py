@@ -1,9 +1,13 @@
 """How fast this machine trains. (Generation: benchmarks/bench_generate.py.)
 
-    python bench.py                            GPT-2 (124M) on a GPU, a small model on a CPU
+    python bench.py
+        GPT-2 (124M) on a GPU, a small model on a CPU
     python bench.py config/train_gpt2_alibi.py --batch_size=4
-    python bench.py --use_alibi=True --optimizer=muon      a row for the two together
-    python bench.py --blocks=0 --profile                   where the time of a step goes
+        the sizes of a config
+    python bench.py --use_alibi=True --optimizer=muon
+        a row for the two together
+    python bench.py --blocks=0 --profile
+        where the time of a step goes
 
 All settings of train.py are settings here, too: python train.py --help lists them. The table has a
 row for each switch of the model and one for Muon. If the settings ask for something else, that is
@@ -31,7 +35,7 @@ batch_size = 0                 # sequences in a micro-batch
 vocab_size = 0                 # 0: the data set's; without one 65 for characters, else GPT-2's
 # data
 dataset = ''                   # '': openwebtext, or with the small sizes shakespeare_char
-real_data = False              # its train.bin, or random tokens
+real_data = False              # read the data set's train.bin; False: random tokens
 # measurement
 blocks = 12                    # how often the kinds of step take turns; 0: no table
 steps = 0                      # steps in a block; 0: for about half a second

@@ -315,17 +315,29 @@ def load_model(name: str | Path, meta: dict | None = None, **overrides) -> tuple
     return build_model(state, **overrides).eval(), state
 
 
+def reach_hub(repo: str, file: str, otherwise: str, **where) -> None:
+    """Raise UserError if a file of the Hugging Face hub is not cached and can't be reached.
+
+    The libraries that download it would retry for half a minute before they say so.
+    where: repo_type and revision. otherwise: what else the user can do.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache  # only here: they are slow to import
+    if try_to_load_from_cache(repo, file, **where):
+        return
+    try:
+        HfApi().file_exists(repo, file, **where)
+    except Exception as error:  # requests' or httpx's, as the version is
+        raise UserError(f"can't reach Hugging Face to download {repo} ({type(error).__name__}): go "
+                        f"online once, or {otherwise}") from error
+
+
 def load_gpt2(name: str | Path, meta: dict | None, overrides: dict) -> tuple[GPT, dict]:
     """load_model() for a GPT-2. Raises UserError if its tokens are not GPT-2's, or the data's."""
     if meta and 'itos' in meta:
         raise UserError(f"the data has a vocabulary of its own, and {name} has GPT-2's tokens")
-    try:
-        model = GPT.from_pretrained(name, overrides)
-    except OSError as error:
-        if name not in GPT2_NAMES:
-            raise
-        raise UserError(f"{name} could not be downloaded ({type(error).__name__}): go online once, "
-                        "or give the folder of a GPT-2 that transformers saved") from error
+    if not Path(name).is_dir():
+        reach_hub(name, 'config.json', "give the folder of a GPT-2 that transformers saved")
+    model = GPT.from_pretrained(name, overrides)
     is_gpt2s = model.config.vocab_size >= 50257
     for file in ('vocab.json', 'tokenizer.json'):
         path = Path(name) / file

@@ -145,8 +145,8 @@ def choose_device(name: str) -> torch.device:
         try:
             device = torch.device(str(name))  # --device alone is True
         except RuntimeError as error:
-            message = f"device must be auto, cpu, cuda, cuda:1 or mps, got {name!r}"
-            raise UserError(message) from error
+            message = f"device must be auto, cpu, cuda, cuda:1 or mps, got {name!r}: "
+            raise UserError(message + "--device=auto takes what there is") from error
     if device.type not in ('cpu', found.type if found else 'cpu'):
         raise UserError(f"this machine or this PyTorch has no {device.type}: --device=auto takes "
                         "what there is")

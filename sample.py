@@ -1,9 +1,9 @@
 """Generate text with a trained GPT.
 
     python sample.py --out_dir=out-shakespeare-char
-    python sample.py out-shakespeare-char --start="To be" --num_samples=1 --stream
-    python sample.py --out_dir=out-shakespeare-char --start=FILE:prompt.txt --temperature=0
-    python sample.py --init_from=gpt2-xl --start="The answer is" --num_samples=5
+    python sample.py out-shakespeare-char --start="To be" --stream
+    python sample.py out-shakespeare-char --start=FILE:my.txt --temperature=0
+    python sample.py --init_from=gpt2-xl --start="The answer is"
 
 Reads the run's ckpt.pt, else last.pt. A sample depends on the seed and its number, not on how many
 there are.

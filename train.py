@@ -1,8 +1,11 @@
 r"""Train a GPT on a prepared data set, from scratch or from a checkpoint.
 
-    python train.py config/train_shakespeare_char.py                      one GPU, or what there is
-    python train.py config/train_shakespeare_char_cpu.py --batch_size=32  override any setting
-    python train.py out-shakespeare-char/config.py --init_from=resume     continue that run
+    python train.py config/train_shakespeare_char.py
+        on one GPU, or what there is
+    python train.py config/train_shakespeare_char_cpu.py --batch_size=32
+        overrides a setting, as --key=value does for each below
+    python train.py out-shakespeare-char/config.py --init_from=resume
+        continues that run
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
     torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=IP \
         --master_port=1234 train.py config/train_gpt2.py
@@ -41,8 +44,8 @@ resume_from = ''               # go back to a checkpoint of out_dir, such as out
                                # branch off from another run's: optimizer and iteration included
 # wandb
 wandb_log = False              # log to Weights & Biases as well
-wandb_project = 'owt'          # the project there
-wandb_run_name = 'gpt2'        # the run's name there
+wandb_project = 'owt'          # the project in Weights & Biases
+wandb_run_name = 'gpt2'        # the run's name in Weights & Biases
 # data
 dataset = 'openwebtext'        # a folder of data/
 gradient_accumulation_steps = 5 * 8  # micro-batches of an iteration, over all processes together
@@ -60,7 +63,8 @@ use_alibi = False              # linear attention biases in place of position em
 use_rope = False               # rotary position embeddings in place of learned ones
 init_std = 0.02                # standard deviation of the initial weights; larger for few channels
 # optimizer
-optimizer = 'adamw'            # or muon: Muon for the blocks' matrices, AdamW for the rest
+optimizer = 'adamw'            # adamw: for all weights. muon: Muon for the blocks' matrices, AdamW
+                               # for the rest
 learning_rate = 6e-4           # AdamW's peak rate
 max_iters = 600000             # updates in all
 weight_decay = 1e-1            # of matrices and embeddings

@@ -154,7 +154,7 @@ def test_help(fork, script):
     output = run_script(fork, script, '--help')
     doc, settings = ast.get_docstring(ast.parse(source)), output[output.index('\n  --'):]
     assert ' '.join(output.split()).startswith(' '.join(doc.split()))
-    assert max(map(len, settings.splitlines())) <= 80
+    assert max(map(len, output.splitlines())) <= 80
     block = re.sub(r'\w+ = \[\].*', '', source[source.index('# settings'):source.index('from configurator')])
     found, comments = ' '.join(output.split()), re.findall(r'# +([^-\s].*)', block)
     assert len(comments) > 1

@@ -168,6 +168,26 @@ def test_no_shakespeare(fresh, url, options, words):
     assert files(fresh / 'data/shakespeare_char') == []
 
 
+def test_the_advice_fits_the_data_set(fresh):
+    """Who wants GPT-2's tokens is not helped by a data set of characters."""
+    change(fresh, 'http://127.0.0.1:9/')
+    line = error_line(run_script(fresh, 'data/shakespeare/prepare.py', status=1))
+    assert 'data/prepare_text.py FILE --dataset=mine --bpe' in line and 'pydocs' not in line
+
+
+@pytest.mark.parametrize('command, words', [
+    (['eval.py', 'gpt2'], ['gpt2', 'give the folder of a GPT-2']),
+    (['sample.py', '--init_from=gpt2-xl'], ['gpt2-xl', 'give the folder of a GPT-2']),
+    (['data/fineweb/prepare.py'], ['kjj0/fineweb10B-gpt2', '--data_files']),
+    (['data/openwebtext/prepare.py'], ['Skylion007/openwebtext', '--data_files'])])
+def test_no_hugging_face(fresh, bpe_files, tmp_path, command, words):
+    """One line at once, where its libraries retry for half a minute, a line each."""
+    env = dict(HF_ENDPOINT='http://127.0.0.1:9', HF_HOME=str(tmp_path), **bpe_files)
+    line, = run_script(fresh, *command, status=1, env=env).splitlines()
+    assert line.startswith("error: can't reach Hugging Face to download ")
+    assert all(word in line for word in ['go online once, or ', *words]), line
+
+
 def test_shakespeare_download(fresh, tmp_path):
     """Of a stand-in for the real text, from its checksum on."""
     text = 'First Citizen:\nSpeak, speak.\n' * 1000

@@ -43,7 +43,7 @@ def test_auto(computer, device, options, chosen):
 
 
 @pytest.mark.parametrize('device, words', [
-    ('gpu', "device must be auto, cpu, cuda, cuda:1 or mps, got 'gpu'"),
+    ('gpu', "device must be auto, cpu, cuda, cuda:1 or mps, got 'gpu': --device=auto"),
     ('cuda', 'no cuda: --device=auto takes what there is'), ('mps', 'no mps: --device=auto')])
 def test_a_device_that_is_not_there_is_one_line(computer, device, words):
     computer(None)

@@ -2,6 +2,7 @@
 import math
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -445,6 +446,25 @@ def test_a_resume_says_which_settings_have_changed(run_train, capsys):
     assert ' at iteration 10 of 20\n    learning_rate 0.01 -> 0.005\n    max_iters 10 -> 20\n' in output
 
 
-def test_make_knows_its_targets():
-    done = subprocess.run(['make', '-n', 'quickstart', 'test'], cwd=REPO, capture_output=True, text=True)
-    assert done.returncode == 0 and 'pytest' in done.stdout and 'sample.py' in done.stdout
+def test_make_installs_what_a_target_needs():
+    """All of it with pip's progress: quickstart what a user needs, test what the tests need, too."""
+    def commands(target):
+        return subprocess.run(['make', '-n', '-B', target], cwd=REPO, capture_output=True, text=True,
+                              check=True).stdout
+
+    quickstart, test = commands('quickstart'), commands('test')
+    assert 'sample.py' in quickstart and 'pytest' in test
+    assert '[test]' not in quickstart and '[test]' in test
+    assert '--quiet' not in quickstart + test
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason="elsewhere PyTorch's default build is the CPU's")
+@pytest.mark.parametrize('has_driver', [True, False])
+def test_make_takes_the_cpu_build_without_a_driver(tmp_path, has_driver):
+    for name in ('uname', *['nvidia-smi'] * has_driver):
+        (tmp_path / name).symlink_to(shutil.which('uname'))
+    makefile = (REPO / 'Makefile').read_text()
+    options = re.search('^CPU_BUILD = (.*)$', makefile, re.MULTILINE)[1].replace('$$', '$')
+    done = subprocess.run(['/bin/sh', '-c', f'echo {options}'], env={'PATH': str(tmp_path)},
+                          capture_output=True, text=True, check=True)
+    assert ('--extra-index-url=https://download.pytorch.org/whl/cpu' in done.stdout) == (not has_driver)

@@ -27,7 +27,7 @@ import numpy as np
 from huggingface_hub import hf_hub_download
 from prepare_text import matching_files, start_over
 
-from checkpoint import atomic_write
+from checkpoint import atomic_write, reach_hub
 from configurator import UserError, print_user_errors
 from dataset import token_type
 
@@ -102,6 +102,9 @@ if __name__ == '__main__':
     if arguments.data_files:
         train, val = split_local_files(arguments.data_files)
         shutil.rmtree(new, ignore_errors=True)                      # it may hold other shards
+    else:
+        reach_hub(SOURCE, VAL_SHARD, "give local files of the same format: --data_files",
+                  repo_type='dataset')
     new.mkdir(exist_ok=True)
     for name, shards in (('val', val), ('train', train)):
         append_shards(new / f'{name}.bin', shards, is_local=bool(arguments.data_files))

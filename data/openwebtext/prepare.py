@@ -24,7 +24,7 @@ import numpy as np
 import tiktoken
 from prepare_text import matching_files, own_folder, start_over
 
-from checkpoint import atomic_write
+from checkpoint import atomic_write, reach_hub
 from configurator import UserError, print_user_errors
 from dataset import token_type, tokenizer
 
@@ -40,6 +40,10 @@ def load_documents(patterns: list[str] | None, column: str, num_proc: int) -> da
     Raises UserError for files without documents.
     """
     if not patterns:
+        cached = Path(datasets.config.HF_DATASETS_CACHE, SOURCE.replace('/', '___'))
+        if not cached.exists():
+            reach_hub(SOURCE, 'README.md', "give local files: --data_files",
+                      repo_type='dataset', revision=REVISION)
         documents = datasets.load_dataset(SOURCE, revision=REVISION, split='train',
                                           num_proc=num_proc)
         if len(documents) != DOCUMENTS:

@@ -19,4 +19,5 @@ from configurator import print_user_errors
 
 if __name__ == '__main__':
     print_user_errors()
-    write_splits(here, load_text(__doc__), meta=None)
+    instead = "data/prepare_text.py FILE --dataset=mine --bpe"
+    write_splits(here, load_text(__doc__, instead), meta=None)

@@ -25,9 +25,10 @@ URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshake
 SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 
 
-def load_text(doc: str) -> str:
+def load_text(doc: str, instead: str) -> str:
     """Tiny Shakespeare, from where the command line says; a download is kept as input.txt.
 
+    doc: the script's docstring. instead: a command that does without this text.
     Raises UserError if the text cannot be read, or is another one.
     """
     parser = ArgumentParser(description=doc, formatter_class=RawDescriptionHelpFormatter)
@@ -42,9 +43,8 @@ def load_text(doc: str) -> str:
         else:
             content = source.read_bytes()
     except OSError as error:
-        raise UserError(f"can't read {source} ({error}): download {URL} elsewhere and pass it with "
-                        "--input FILE, or use the offline data set: python "
-                        "data/pydocs_char/prepare.py") from error
+        raise UserError(f"can't read {source} ({error}): fetch tiny Shakespeare elsewhere, pass it "
+                        f"with --input FILE; or without it: python {instead}") from error
     if hashlib.sha256(content).hexdigest() != SHA256:
         raise UserError(f"{source} is not tiny Shakespeare; for other texts there is "
                         "data/prepare_text.py")
@@ -56,5 +56,5 @@ def load_text(doc: str) -> str:
 
 if __name__ == '__main__':
     print_user_errors()
-    text = load_text(__doc__)
+    text = load_text(__doc__, instead='data/pydocs_char/prepare.py')
     write_splits(here, text, char_meta(text))
