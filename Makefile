@@ -6,32 +6,38 @@ PYTHON ?= python3
 PY := .venv/bin/python
 
 # a GPU takes the larger model by itself
-CONFIG = $$($(PY) -c "import torch; print('config/train_shakespeare_char' + ('' if torch.cuda.is_available() else '_fast') + '.py')")
+HAS_GPU = import sys, torch; sys.exit(not torch.cuda.is_available())
+CONFIG = $$($(PY) -c "$(HAS_GPU)" && echo config/train_shakespeare_char.py \
+	|| echo config/train_shakespeare_char_fast.py)
 
 .PHONY: quickstart test test-slow
 
 quickstart: .venv/installed
 	@set -e; \
-	echo "quickstart: prepares tiny Shakespeare, trains $(CONFIG) on it and prints samples:"; \
+	config=$(CONFIG); \
+	echo "quickstart: prepares tiny Shakespeare, trains $$config on it and prints samples:"; \
 	echo "quickstart: about two minutes on two CPU cores; every step is a command you can type"; \
 	if $(PY) data/shakespeare_char/prepare.py --timeout=10; then name=shakespeare; \
 	else echo "quickstart: no tiny Shakespeare, so it goes on with Python's language reference"; \
 	     $(PY) data/pydocs_char/prepare.py; name=pydocs; fi; \
 	out=out-$$name-char; \
-	$(PY) train.py $(CONFIG) --dataset=$${name}_char --out_dir=$$out; \
+	$(PY) train.py $$config --dataset=$${name}_char --out_dir=$$out; \
 	$(PY) sample.py --out_dir=$$out --num_samples=3 --max_new_tokens=400; \
-	echo "checkpoint: $$out/ckpt.pt   loss curve: $$out/loss.png   more text: $(PY) sample.py --out_dir=$$out"
+	echo "checkpoint: $$out/ckpt.pt   loss curve: $$out/loss.png"; \
+	echo "more text: $(PY) sample.py --out_dir=$$out"
 
 test: .venv/installed
 	$(PY) -m ruff check
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -n 2 -m "not slow"
 
 test-slow: .venv/installed
-	$(PY) -m pytest -m slow
+	$(PY) -m pytest -n 2 -m slow
 
-# the venv is complete when the file at its end is there, and is brought up to date when the lists change
+OLD = error: Python 3.11 or newer is needed: make PYTHON=python3.11
+
+# the venv is complete when this file is there, and brought up to date when the lists change
 .venv/installed: pyproject.toml constraints.txt
-	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'error: Python 3.11 or newer is needed: make PYTHON=python3.11')"
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and '$(OLD)')"
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet -c constraints.txt -e '.[test]'
 	touch $@

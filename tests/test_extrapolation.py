@@ -1,4 +1,4 @@
-"""sample_alibi_extrapolation.py: its losses against one forward pass for each, its errors, and as it runs."""
+"""sample_alibi_extrapolation.py: each loss against a forward pass, its errors, and as it runs."""
 import json
 import math
 import re
@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import error_line, run_script, tiny
-from test_model import random_ids, small
+from conftest import error_line, refused, run_script, tiny
+from small_models import random_ids, small
+from systems import with_slashes
 
 import checkpoint
 import runtime
 import sample_alibi_extrapolation as script
-from configurator import UserError
 from model import KVCache
 
 SCRIPT = 'sample_alibi_extrapolation.py'
@@ -32,8 +32,8 @@ def naive_loss(model, start, place):
 @pytest.mark.parametrize('positions', [dict(use_alibi=True), dict(use_rope=True)])
 @pytest.mark.parametrize('W', [16, 24, 128])
 def test_losses_equal_one_forward_for_each_target(W, positions, monkeypatch):
-    """The slow way: for each target a forward pass over exactly the tokens before it in its window."""
-    monkeypatch.setattr('eval.BATCH_TOKENS', 50)                 # several batches, the last one smaller
+    """The slow way: for each target a forward pass over the tokens before it in its window."""
+    monkeypatch.setattr('eval.BATCH_TOKENS', 50)             # several batches, the last one smaller
     model = small(**positions)
     whole = script.whole_text_losses(model, MACHINE, DATA, W)
     assert len(whole) == 300
@@ -67,7 +67,10 @@ def test_rolling_losses_are_those_of_a_query_that_sees_its_last_keys(positions):
 @pytest.mark.parametrize('is_window', [False, True])
 @pytest.mark.parametrize('positions', [{}, dict(use_alibi=True), dict(use_rope=True)])
 def test_losses_by_position_equal_one_forward_for_each(positions, is_window, monkeypatch):
-    """The targets are passages spread over the whole text. A window sees the last block_size tokens."""
+    """The targets are passages spread over the whole text.
+
+    A window sees the last block_size tokens.
+    """
     if not positions and not is_window:
         return                                                      # learned positions end
     monkeypatch.setattr(script, 'PASSAGES', 5)
@@ -148,19 +151,21 @@ def trained(checkout, tmp_path_factory):
 
 def rows(output):
     """The window lengths and first losses in the tables that the script printed."""
-    return [(int(row[1]), float(row[2])) for row in re.finditer(r'(?m)^ +(\d+) = [\d.]+x +([\d.]+)', output)]
+    found = re.finditer(r'(?m)^ +(\d+) = [\d.]+x +([\d.]+)', output)
+    return [(int(row[1]), float(row[2])) for row in found]
 
 
 def test_the_script(checkout, trained):
     """The table, JSON and plot of two kinds; two seeds are averaged."""
     short = ['--val_tokens=5000', '--targets=1024']
-    alone = [rows(run_script(checkout, SCRIPT, trained / name, *short)) for name in ('alibi', 'second')]
+    alone = [rows(run_script(checkout, SCRIPT, trained / name, *short))
+             for name in ('alibi', 'second')]
     output = run_script(checkout, SCRIPT, trained / 'alibi', trained / 'second',
                         f'--out_dir={trained}/learned', *short)
     table = rows(output)
     lengths = [32, 48, 64, 128, 256]
     assert [W for W, _ in table] == [*lengths, *lengths, 32, *lengths, *lengths, *lengths]
-    assert [W for W, _ in alone[0]] == 4 * lengths                  # in full and rolling, two tables
+    assert [W for W, _ in alone[0]] == 4 * lengths                 # in full and rolling, two tables
     ours = table[:10] + table[11:21]
     for (_, loss), (_, first), (_, second) in zip(ours, *alone, strict=True):
         assert loss == pytest.approx((first + second) / 2, abs=2e-4) and 2 < loss < 4.5
@@ -173,7 +178,9 @@ def test_the_script(checkout, trained):
 
     path = trained / 'alibi/alibi_extrapolation.json'
     full, rolling, learned = json.loads(path.read_text())['methods']
-    assert full['folders'] == [f'{trained}/alibi', f'{trained}/second'] and full['seeds'] == [1337, 7]
+    assert [with_slashes(name) for name in full['folders']] == [
+        (trained / name).as_posix() for name in ('alibi', 'second')]
+    assert full['seeds'] == [1337, 7]
     for protocol, first in (('non_overlapping', 0), ('sliding', 11)):
         for method in (full, rolling):
             for row, (W, loss) in zip(method['windows'], table[first:first + 5], strict=True):
@@ -207,7 +214,8 @@ def test_what_is_no_other_seed(checkout, trained, tmp_path, monkeypatch):
     state = checkpoint.load(trained / 'alibi/ckpt.pt')
     del state['path']
     for name, more in (('copy', {}), ('resumed', dict(seed=8, init_from='resume', log_interval=5)),
-                       ('other', dict(seed=9, dataset='elsewhere')), ('smaller', dict(batch_size=2))):
+                       ('other', dict(seed=9, dataset='elsewhere')),
+                       ('smaller', dict(batch_size=2))):
         torch.save(state | dict(config=state['config'] | more), tmp_path / f'{name}.pt')
     folders = [trained / 'alibi', tmp_path / 'resumed.pt']
     assert [len(method.models) for method in script.load_methods(folders, MACHINE)] == [2, 2]
@@ -219,14 +227,14 @@ def test_what_is_no_other_seed(checkout, trained, tmp_path, monkeypatch):
     assert [method.name for method in methods] == [
         f'ALiBi, in full, batch_size={size}', f'ALiBi, rolling, batch_size={size}',
         'ALiBi, in full, batch_size=2, qk_norm=True', 'ALiBi, rolling, batch_size=2, qk_norm=True']
-    with pytest.raises(UserError, match='copy.pt has the same settings and seed as another run'):
+    with refused('copy.pt has the same settings and seed as another run'):
         script.load_methods([*folders, tmp_path / 'copy.pt'], MACHINE)
     methods = script.load_methods([*folders, tmp_path / 'other.pt'], MACHINE)
     assert script.load_data(methods)[0] == 'pydocs_char'            # the first one's
     (checkout / 'data/bpe').mkdir()                                 # without meta.pkl
     shutil.copy(checkout / 'data/pydocs_char/val.bin', checkout / 'data/bpe')
     monkeypatch.setattr(script, 'dataset', 'bpe')
-    with pytest.raises(UserError, match='data/bpe has a different vocabulary'):
+    with refused('data/bpe has a different vocabulary'):
         script.load_data(script.load_methods(folders, MACHINE))
 
 
