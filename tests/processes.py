@@ -1,4 +1,5 @@
 """Processes of their own: to run a script, or to start one, follow what it prints and stop it."""
+import atexit
 import functools
 import os
 import subprocess
@@ -69,10 +70,12 @@ def start(folder, *args, torchrun=(), preexec=None):
     preexec: a function to call in the new process first, on Linux and macOS.
     """
     launcher = ['-m', 'torch.distributed.run', *torchrun] if torchrun else []
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, *launcher, 'train.py', *args], cwd=folder, preexec_fn=preexec,
         env=environment(PYTHONUNBUFFERED='1'), encoding='utf-8',
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    atexit.register(process.kill)  # if the test fails before the process has ended
+    return process
 
 
 def read_until(process, words):

@@ -149,6 +149,11 @@ def trained(checkout, tmp_path_factory):
     return folder
 
 
+def extrapolate(checkout, *arguments, **how):
+    """The output of the script, on the CPU."""
+    return run_script(checkout, SCRIPT, '--device=cpu', *arguments, **how)
+
+
 def rows(output):
     """The window lengths and first losses in the tables that the script printed."""
     found = re.finditer(r'(?m)^ +(\d+) = [\d.]+x +([\d.]+)', output)
@@ -158,10 +163,10 @@ def rows(output):
 def test_the_script(checkout, trained):
     """The table, JSON and plot of two kinds; two seeds are averaged."""
     short = ['--val_tokens=5000', '--targets=1024']
-    alone = [rows(run_script(checkout, SCRIPT, trained / name, *short))
+    alone = [rows(extrapolate(checkout, trained / name, *short))
              for name in ('alibi', 'second')]
-    output = run_script(checkout, SCRIPT, trained / 'alibi', trained / 'second',
-                        f'--out_dir={trained}/learned', *short)
+    output = extrapolate(checkout, trained / 'alibi', trained / 'second',
+                         f'--out_dir={trained}/learned', *short)
     table = rows(output)
     lengths = [32, 48, 64, 128, 256]
     assert [W for W, _ in table] == [*lengths, *lengths, 32, *lengths, *lengths, *lengths]
@@ -195,16 +200,16 @@ def test_the_script(checkout, trained):
 
 def test_lengths_and_a_short_val_split(checkout, trained):
     """Windows as long as the text still have a target by position."""
-    output = run_script(checkout, SCRIPT, trained / 'alibi', '--lengths=0.5,3', '--val_tokens=2000')
+    output = extrapolate(checkout, trained / 'alibi', '--lengths=0.5,3', '--val_tokens=2000')
     assert [W for W, _ in rows(output)] == 4 * [16, 32, 96]
     (checkout / 'data/short').mkdir()
     shutil.copy(checkout / 'data/pydocs_char/meta.pkl', checkout / 'data/short')
     for n, windows in ((100, [32, 48, 64]), (33, [32])):
         (np.arange(n) % 100).astype('<u2').tofile(checkout / 'data/short/val.bin')
-        output = run_script(checkout, SCRIPT, trained / 'alibi', '--dataset=short')
+        output = extrapolate(checkout, trained / 'alibi', '--dataset=short')
         assert [W for W, _ in rows(output)] == 4 * windows
     (np.arange(20) % 100).astype('<u2').tofile(checkout / 'data/short/val.bin')
-    line = error_line(run_script(checkout, SCRIPT, trained / 'alibi', '--dataset=short', status=1))
+    line = error_line(extrapolate(checkout, trained / 'alibi', '--dataset=short', status=1))
     assert '20 ids' in line and 'block_size=32' in line
 
 
@@ -244,8 +249,8 @@ def test_the_study_that_trains_its_own_models(checkout):
     config = (checkout / 'config/train_shakespeare_char_cpu.py').read_text()
     (checkout / 'config/short.py').write_text(
         f"{config}\ndataset = 'pydocs_char'\nmax_iters = 20\neval_interval = 10\nblock_size = 16\n")
-    output = run_script(checkout, SCRIPT, '--training=config/short.py', '--targets=256', '--seed=7',
-                        '--val_tokens=2000')
+    output = extrapolate(checkout, '--training=config/short.py', '--targets=256', '--seed=7',
+                         '--val_tokens=2000')
     lengths = [16, 24, 32, 64, 128]
     # ALiBi in full and rolling, rotary positions in a window, rolling and in full, learned ones
     apart = [*lengths, *lengths, 16, *lengths, *lengths, 16]
