@@ -10,32 +10,38 @@ INSTALL = $(PY) -m pip install -c constraints.txt
 CPU_BUILD = $$(test "$$(uname)" != Linux || command -v nvidia-smi > /dev/null || echo --retries=0 --extra-index-url=https://download.pytorch.org/whl/cpu)
 
 # a GPU takes the larger model by itself
-CONFIG = $$($(PY) -c "import torch; print('config/train_shakespeare_char' + ('' if torch.cuda.is_available() else '_fast') + '.py')")
+HAS_GPU = import sys, torch; sys.exit(not torch.cuda.is_available())
+CONFIG = $$($(PY) -c "$(HAS_GPU)" && echo config/train_shakespeare_char.py \
+	|| echo config/train_shakespeare_char_fast.py)
 
 .PHONY: quickstart test test-slow
 
 quickstart: .venv/installed
 	@set -e; \
-	echo "quickstart: prepares tiny Shakespeare, trains $(CONFIG) on it and prints samples:"; \
+	config=$(CONFIG); \
+	echo "quickstart: prepares tiny Shakespeare, trains $$config on it and prints samples:"; \
 	echo "quickstart: half a minute on two CPU cores; every step is a command you can type"; \
 	if $(PY) data/shakespeare_char/prepare.py --timeout=10; then name=shakespeare; \
 	else echo "quickstart: no tiny Shakespeare, so it goes on with Python's language reference"; \
 	     $(PY) data/pydocs_char/prepare.py; name=pydocs; fi; \
 	out=out-$$name-char; \
-	$(PY) train.py $(CONFIG) --dataset=$${name}_char --out_dir=$$out; \
+	$(PY) train.py $$config --dataset=$${name}_char --out_dir=$$out; \
 	$(PY) sample.py --out_dir=$$out --num_samples=3 --max_new_tokens=400; \
-	echo "checkpoint: $$out/ckpt.pt   loss curve: $$out/loss.png   more text: $(PY) sample.py --out_dir=$$out"
+	echo "checkpoint: $$out/ckpt.pt   loss curve: $$out/loss.png"; \
+	echo "more text: $(PY) sample.py --out_dir=$$out"
 
 test: .venv/installed-tests
 	$(PY) -m ruff check
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -n 2 -m "not slow"
 
 test-slow: .venv/installed-tests
-	$(PY) -m pytest -m slow
+	$(PY) -m pytest -n 2 -m slow
 
-# the venv is complete when the file at its end is there, and is brought up to date when the lists change
+OLD = error: Python 3.11 or newer is needed: make PYTHON=python3.11
+
+# the venv is complete when this file is there, and brought up to date when the lists change
 .venv/installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'error: Python 3.11 or newer is needed: make PYTHON=python3.11')"
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and '$(OLD)')"
 	@echo "installing PyTorch and the rest into .venv, once: minutes, as the network allows"
 	test -x .venv/bin/pip || $(PYTHON) -m venv .venv
 	$(INSTALL) --no-deps $(CPU_BUILD) torch

@@ -25,6 +25,7 @@ from typing import NamedTuple
 # -------------------------------------------------------------------------------------------------
 # settings
 runs = []                      # the folders of runs; if there are none, models are trained
+out_dir = ''                   # one more of them, as the other scripts name it
 dataset = ''                   # a folder of data/; '': the one the first model was trained on
 lengths = '1,1.5,2,4,8'        # of the windows, as multiples of the trained length; 0.25 or more
 training = 'config/train_shakespeare_char_fast.py'  # the config of the models trained here
@@ -343,7 +344,8 @@ def extrapolate():
     """Measure, save, plot and print."""
     sys.stdout.reconfigure(errors='replace')                        # for a sample's characters
     machine = runtime.set_up(device, dtype, compile=False)
-    folders = runs or train_models()
+    folders = [*runs, out_dir] if out_dir else runs
+    folders = folders or train_models()
     methods = make_methods(group_runs([load_run(folder, machine) for folder in folders]))
     name, data = load_data(methods)
     N = len(data)

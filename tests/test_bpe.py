@@ -1,4 +1,4 @@
-"""The BPE data sets, with GPT-2's real vocabulary, offline: prepare, train and sample as a user does."""
+"""The BPE data sets, prepared and trained on as a user does, offline with GPT-2's vocabulary."""
 import json
 import runpy
 
@@ -24,12 +24,14 @@ def bpe(env, monkeypatch):
 
 @pytest.mark.parametrize('files', ['jsonl', 'parquet', 'txt'])
 def test_openwebtext_from_local_files(checkout, env, bpe, tmp_path, files):
-    """Every document once, in its own tokens, an end-of-text token behind each; a tenth of them for val.
+    """Every document once, in its own tokens, an end-of-text token behind each.
 
-    A file that is named more than once counts once.
+    A tenth of them are for val. A file that is named more than once counts once.
     """
     texts = [f'Document {i} says “{"word " * (i % 7)}<|endoftext|>”' for i in range(50)]
-    rows, path = [{'body': text} for text in texts], tmp_path / f'docs.{files}'
+    rows = [{'body': text} for text in texts]
+    path = tmp_path / f'docs.{files}'
+    column = 'text' if files == 'txt' else 'body'
     if files == 'parquet':
         import pandas
         pandas.DataFrame(rows).to_parquet(path)
@@ -37,7 +39,7 @@ def test_openwebtext_from_local_files(checkout, env, bpe, tmp_path, files):
         path.write_text('\n'.join(texts), encoding='utf-8')         # a line each
     else:
         path.write_text('\n'.join(map(json.dumps, rows)))
-    options = arguments(num_proc=2, dataset=f'from_{files}', column='text' if files == 'txt' else 'body')
+    options = arguments(num_proc=2, dataset=f'from_{files}', column=column)
     twice = [tmp_path / f'*.{files}', path, f'{tmp_path}/./{path.name}']
     run_script(checkout, PREPARE, '--data_files', *twice, *options, env=env)
     found = {}
@@ -46,12 +48,14 @@ def test_openwebtext_from_local_files(checkout, env, bpe, tmp_path, files):
         *documents, rest = np.split(ids, np.flatnonzero(ids == bpe.eot_token) + 1)
         assert len(rest) == 0, "the last document has no end"
         found[split] = [bpe.decode(document[:-1].tolist()) for document in documents]
-    assert sorted(found['train'] + found['val']) == sorted(texts) and len(found['val']) == 5
+    assert sorted(found['train'] + found['val']) == sorted(texts)
+    assert len(found['val']) == 5
 
 
 def test_the_val_split_is_large_enough():
     val_size = runpy.run_path(str(REPO / PREPARE))['val_size']
-    sizes = {2: 1, 11: 2, 400: 40, 20_000: 1000, 2_000_000: 1000, 8_013_769: 4007}  # the last is nanoGPT's
+    sizes = {2: 1, 11: 2, 400: 40, 20_000: 1000, 2_000_000: 1000, 8_013_769: 4007}
+    # the last pair is nanoGPT's
     assert {n: val_size(n) for n in sizes} == sizes
 
 
@@ -70,7 +74,8 @@ def test_openwebtext_mistakes_leave_an_older_set(checkout, env, tmp_path, conten
 
 
 def test_no_vocabulary(checkout, tmp_path):
-    env = dict(TIKTOKEN_CACHE_DIR=str(tmp_path), HTTPS_PROXY='http://127.0.0.1:9', https_proxy='http://127.0.0.1:9')
+    nowhere = 'http://127.0.0.1:9'
+    env = dict(TIKTOKEN_CACHE_DIR=str(tmp_path), HTTPS_PROXY=nowhere, https_proxy=nowhere)
     assert 'TIKTOKEN_CACHE_DIR' in error_line(run_script(checkout, PREPARE, status=1, env=env))
 
 
@@ -79,15 +84,20 @@ def test_train_and_sample_in_bpe(checkout, env, bpe, tmp_path):
     """Your own data in BPE; a prompt and a stop token of '<|endoftext|>'."""
     text = 'First Citizen:\nBefore we proceed any further, hear me speak.\n\n' * 80
     (tmp_path / 'my.txt').write_text(text, encoding='utf-8')
-    run_script(checkout, 'data/prepare_text.py', tmp_path / 'my.txt', '--dataset=mine', '--bpe', env=env)
-    parts = [np.fromfile(checkout / f'data/mine/{split}.bin', dtype='<u2') for split in ('train', 'val')]
-    assert bpe.decode(np.concatenate(parts).tolist()) == text
+    command = ['data/prepare_text.py', tmp_path / 'my.txt', '--dataset=mine', '--bpe']
+    run_script(checkout, *command, env=env)
+    files = [checkout / f'data/mine/{split}.bin' for split in ('train', 'val')]
+    ids = np.concatenate([np.fromfile(file, dtype='<u2') for file in files])
+    assert bpe.decode(ids.tolist()) == text
     run_script(checkout, 'train.py', *tiny(dataset='mine', out_dir=tmp_path / 'out'), env=env)
 
     def sample(*options):
-        settings = arguments(out_dir=tmp_path / 'out', num_samples=2, max_new_tokens=20, device='cpu')
-        return run_script(checkout, 'sample.py', *settings, *options, env=env)
+        settings = arguments(
+            out_dir=tmp_path / 'out', num_samples=2, max_new_tokens=20, device='cpu')
+        command = ['sample.py', *settings, *options]
+        return run_script(checkout, *command, env=env, only_stdout=True)
 
     assert sample('--start=<|endoftext|>', '--stop=<|endoftext|>')
     streamed = sample('--start=“naïve” 🙂', '--stream=True')
-    assert streamed == sample('--start=“naïve” 🙂') and streamed.count('“naïve” 🙂') == 2
+    assert streamed == sample('--start=“naïve” 🙂')
+    assert streamed.count('“naïve” 🙂') == 2

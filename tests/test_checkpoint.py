@@ -6,21 +6,14 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import load_state
-from test_model import SMALL, all_logits, random_ids, small
+from conftest import load_state, refused
+from small_models import SMALL, all_logits, make_state, random_ids, small
+from systems import needs_links, needs_posix
 
 import checkpoint
 from checkpoint import RunFolder, atomic_write, find, read_metrics, read_state
-from configurator import UserError, run_file
+from configurator import run_file
 from model import GPTConfig
-
-
-def make_state(model, **more):
-    """A checkpoint of the model, as train.py saves it; more: entries that replace or add to its own."""
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
-    return dict(model=model.state_dict(), optimizer=optimizer.state_dict(), iter_num=7, best_val_loss=1.5,
-                model_args=checkpoint.model_args(model.config), gelu=model.config.gelu,
-                config={'dataset': 'x'}, scaler={}, meta={'vocab_size': 23}) | more
 
 
 def save(out_dir, iter_num=7, is_best=True, keep=0, **options):
@@ -56,20 +49,25 @@ def test_a_plain_checkpoint_has_only_nanogpts_model_args():
 
 
 def test_nanogpts_own_checkpoint_opens(tmp_path, checkout, monkeypatch):
-    """In its layout: compiled prefixes, the oldest ones' mask, best_val_loss a tensor, no keys of ours."""
+    """In its layout: no keys of ours, best_val_loss a tensor.
+
+    A compiled model's names have a prefix, and the oldest files hold a mask.
+    """
     model, idx = small(bias=False), random_ids(2, 16)
     weights = {f'_orig_mod.{key}': value for key, value in model.state_dict().items()}
     weights['_orig_mod.transformer.h.0.attn.bias'] = torch.ones(1, 1, 16, 16).tril()
-    state = dict(model=weights, optimizer=torch.optim.AdamW([torch.zeros(2)]).state_dict(), iter_num=250,
-                 model_args=SMALL | dict(bias=False, dropout=0.0), best_val_loss=torch.tensor(1.9),
-                 config={'dataset': 'pydocs_char'})
+    optimizer = torch.optim.AdamW([torch.zeros(2)])
+    state = dict(
+        model=weights, optimizer=optimizer.state_dict(), iter_num=250,
+        model_args=SMALL | dict(bias=False, dropout=0.0), best_val_loss=torch.tensor(1.9),
+        config={'dataset': 'pydocs_char'})
     torch.save(state, tmp_path / 'ckpt.pt')
     monkeypatch.chdir(checkout)
     model_here, loaded = checkpoint.load_model(tmp_path)
     assert torch.equal(all_logits(model, idx), all_logits(model_here, idx))
-    assert 'stoi' in loaded['meta']                                 # the characters are not in the file
+    assert 'stoi' in loaded['meta']                             # the characters are not in the file
     torch.save(state | {'config': {'dataset': 'nowhere'}}, tmp_path / 'ckpt.pt')
-    with pytest.raises(UserError, match="not GPT-2's.* data/nowhere/meta.pkl"):
+    with refused("not GPT-2's.* data/nowhere/meta.pkl"):
         read_state(tmp_path / 'ckpt.pt')
     assert read_state(tmp_path / 'ckpt.pt', {'vocab_size': 23})['meta'] == {'vocab_size': 23}
     torch.save(state, tmp_path / 'ckpt.pt')
@@ -81,7 +79,7 @@ def test_a_hostile_checkpoint_is_refused_and_runs_nothing(tmp_path, monkeypatch)
     with zipfile.ZipFile('ckpt.pt', 'w') as archive:
         archive.writestr('ckpt/version', '3\n')
         archive.writestr('ckpt/data.pkl', b"cos\nmkdir\n(S'made'\ntR.")  # os.mkdir('made')
-    with pytest.raises(UserError, match='ckpt.pt'):
+    with refused('ckpt.pt'):
         read_state('ckpt.pt')
     assert os.listdir() == ['ckpt.pt']
     torch.load('ckpt.pt', weights_only=False)                       # the payload is real
@@ -104,8 +102,9 @@ def test_unusable_checkpoints_are_named(tmp_path):
     torch.save([1], tmp_path / 'list.pt')
     weights = {'lm_head.weight': torch.tensor([1.0, torch.nan])}
     torch.save({'model': weights, 'model_args': {'vocab_size': 5}}, tmp_path / 'nan.pt')
-    for name, words in (('ckpt.pt', 'is damaged'), ('list.pt', 'is damaged'), ('nan.pt', 'lm_head.weight')):
-        with pytest.raises(UserError, match=f'{name}:? {words}'):
+    for name, words in (('ckpt.pt', 'is damaged'), ('list.pt', 'is damaged'),
+                        ('nan.pt', 'lm_head.weight')):
+        with refused(f'{name}:? {words}'):
             read_state(tmp_path / name)
 
 
@@ -122,6 +121,7 @@ def test_atomic_write_is_all_or_nothing(tmp_path):
     assert path.read_text() == 'new' and os.listdir(tmp_path) == ['file']
 
 
+@needs_links
 def test_no_link_in_the_place_of_a_file_is_followed(tmp_path):
     """In a shared folder it could lead to any file of the user's."""
     out_dir, victim = tmp_path / 'out', tmp_path / 'victim'
@@ -139,7 +139,7 @@ def test_no_link_in_the_place_of_a_file_is_followed(tmp_path):
 
 
 def test_last_and_best(tmp_path, monkeypatch):
-    """last.pt is the newest state, ckpt.pt the best; as long as they are the same, one file on the disk."""
+    """last.pt is the newest state, ckpt.pt the best. Where they are the same they are one file."""
     last, best = tmp_path / 'last.pt', tmp_path / 'ckpt.pt'
     for iter_num, is_best, expected in ((1, True, [1, 1]), (2, False, [2, 1]), (3, True, [3, 3])):
         save(tmp_path, iter_num, is_best)
@@ -150,7 +150,7 @@ def test_last_and_best(tmp_path, monkeypatch):
 
 
 def test_kept_states_go_by_their_number(tmp_path):
-    """Not by their time, which a clock that was set back makes wrong; and no other file is touched."""
+    """Not by their time, which a clock that was set back makes wrong. Other files stay."""
     def kept():
         return sorted(path.name for path in tmp_path.glob('iter-*'))
 
@@ -159,7 +159,8 @@ def test_kept_states_go_by_their_number(tmp_path):
         (tmp_path / name).write_text('mine')
     for iter_num in (500, 1000, 1500):
         save(tmp_path, iter_num, is_best=False, keep=2)
-        os.utime(tmp_path / f'iter-{iter_num:06d}.pt', (2000 - iter_num,) * 2)  # the oldest by its time
+        oldest = 2000 - iter_num                                    # by its time
+        os.utime(tmp_path / f'iter-{iter_num:06d}.pt', (oldest, oldest))
     assert kept() == sorted([*names, 'iter-001000.pt', 'iter-001500.pt'])
     save(tmp_path, 700, is_best=False, keep=2)                      # it went back
     assert kept() == sorted([*names, 'iter-000700.pt', 'iter-001000.pt', 'iter-001500.pt'])
@@ -172,9 +173,11 @@ def read_files(folder):
     return {path.name: path.read_text() for path in folder.glob('[!.]*') if path.is_file()}
 
 
+@needs_links
 def test_a_new_run_moves_an_earlier_one(tmp_path):
-    """Names that are taken by a file, a link or a dangling link are neither followed nor replaced."""
-    run = {'last.pt': '1', 'ckpt.pt': '1', 'iter-000500.pt': '0', 'metrics.jsonl': '', 'loss.png': ''}
+    """Names that a file, a link or a dangling link has taken are neither followed nor replaced."""
+    run = {'last.pt': '1', 'ckpt.pt': '1', 'iter-000500.pt': '0', 'metrics.jsonl': '',
+           'loss.png': ''}
     for name, text in (run | {'notes.txt': 'mine'}).items():
         (tmp_path / name).write_text(text)
     (tmp_path / 'previous').mkdir()
@@ -183,12 +186,14 @@ def test_a_new_run_moves_an_earlier_one(tmp_path):
     with RunFolder(tmp_path):
         assert read_files(tmp_path) == run | {'notes.txt': 'mine'}
     with RunFolder(tmp_path) as folder:
-        assert read_files(tmp_path) == run | {'notes.txt': 'mine'}  # nothing moves before the run starts
+        assert read_files(tmp_path) == run | {'notes.txt': 'mine'}  # nothing moves before the start
         folder.clear()
         assert read_files(tmp_path) == {'notes.txt': 'mine'}
-    assert read_files(tmp_path / 'previous-4') == run and read_files(tmp_path / 'previous') == {}
+    assert read_files(tmp_path / 'previous-4') == run
+    assert read_files(tmp_path / 'previous') == {}
 
 
+@needs_posix('taking away a folder in which a file is open')
 def test_a_folder_that_is_taken_away(tmp_path):
     """The run saves into a new one of its name, but not where another run is."""
     out_dir, state = tmp_path / 'out', make_state(small(), iter_num=2)
@@ -198,7 +203,7 @@ def test_a_folder_that_is_taken_away(tmp_path):
             assert saved(out_dir) == [2, 2]
             take_away(out_dir)
         save(out_dir, 50)
-        with RunFolder(out_dir), pytest.raises(UserError, match='another run writes to'):
+        with RunFolder(out_dir), refused('another run writes to'):
             folder.save(state, is_best=True)
         assert saved(out_dir) == [50, 50]
         folder.save(state, is_best=True)
@@ -240,7 +245,8 @@ def test_config_py_means_the_folder_that_it_stands_in(tmp_path):
         folder.write_config({'out_dir': 'out', 'wandb_run_name': 'Größe', 'n_head': 2})
     (tmp_path / 'out').rename(tmp_path / 'out-good')
     found = run_file(str(tmp_path / 'out-good/config.py'), {})
-    assert found == {'out_dir': str(tmp_path / 'out-good'), 'wandb_run_name': 'Größe', 'n_head': 2}
+    moved = str(tmp_path / 'out-good')
+    assert found == {'out_dir': moved, 'wandb_run_name': 'Größe', 'n_head': 2}
 
 
 def test_tied_weights_that_were_saved_once(tmp_path):
@@ -254,7 +260,10 @@ def test_tied_weights_that_were_saved_once(tmp_path):
 
 
 def test_gelu_stands_outside_of_what_nanogpt_reads(tmp_path):
-    """nanoGPT passes all model_args to its GPTConfig. A checkpoint of before has it inside, and loads."""
+    """nanoGPT passes all model_args to its GPTConfig.
+
+    A checkpoint of before has it inside, and loads.
+    """
     for gelu in ('erf', 'tanh'):
         save(tmp_path, gelu=gelu)
         state = load_state(tmp_path)

@@ -4,14 +4,15 @@ import re
 import shutil
 
 import pytest
-from conftest import REPO, error_line, run_script
+from conftest import REPO, error_line, refused, run_script
+from processes import HANG
 
 from configurator import UserError, configure, run_file
 
-DEFAULTS = {'out_dir': 'out', 'max_iters': 100, 'learning_rate': 1e-3, 'bias': False, 'compile': 'auto',
-            'start': '\n', 'n_head': 12}
-SCRIPTS = ['train.py', 'sample.py', 'eval.py', 'sample_alibi_extrapolation.py', 'bench.py', 'export_hf.py',
-           'plot.py']
+DEFAULTS = {'out_dir': 'out', 'max_iters': 100, 'learning_rate': 1e-3, 'bias': False,
+            'compile': 'auto', 'start': '\n', 'n_head': 12}
+SCRIPTS = ['train.py', 'sample.py', 'eval.py', 'sample_alibi_extrapolation.py', 'bench.py',
+           'export_hf.py', 'plot.py']
 
 
 def changed(*arguments, **options):
@@ -69,17 +70,17 @@ def test_good_config_files(config, text, expected):
 
 @pytest.mark.parametrize('argument, words', [
     ('--max_iter=5', ['max_iter', "'max_iters'", '--help']),
-    ('--max_iters=5.5', ['max_iters takes a whole number such as 100, not 5.5']),
-    ('--max_iters=True', ['max_iters takes a whole number such as 100, not True']),
-    ('--learning_rate=fast', ["learning_rate takes a number such as 0.001, not 'fast'"]),
-    ('--bias=true', ["bias takes True or False, not 'true'"]),
-    ('--max_iters', ['--max_iters takes a value, such as --max_iters=100']),
-    ('-max_iters=5', ["unexpected '-max_iters=5'", '--key=value']),
+    ('--max_iters=5.5', ['max_iters', 'whole number', '100', '5.5']),
+    ('--max_iters=True', ['max_iters', 'whole number', '100', 'True']),
+    ('--learning_rate=fast', ['learning_rate', 'number', '0.001', "'fast'"]),
+    ('--bias=true', ['bias', 'True or False', "'true'"]),
+    ('--max_iters', ['max_iters', '--max_iters=100']),
+    ('-max_iters=5', ["'-max_iters=5'", '--key=value']),
     ('train_shakespeare', ['train_shakespeare', '.py']),
-    ('config/train_gpt.py', ['no file config/train_gpt.py: did you mean config/train_gpt2.py?']),
-    ('max_iters = "seven"', ["max_iters takes a whole number such as 100, not 'seven'"]),
-    ('out_dir = 5', ["out_dir takes text such as 'out', not 5"]),
-    ('compile = 1', ["compile takes text such as 'auto', or True or False, not 1"]),
+    ('config/train_gpt.py', ['config/train_gpt.py', 'config/train_gpt2.py?']),
+    ('max_iters = "seven"', ['max_iters', 'whole number', '100', "'seven'"]),
+    ('out_dir = 5', ['out_dir', "'out'", '5']),
+    ('compile = 1', ['compile', "'auto'", 'True or False', '1']),
     ('tokens = 5', ['c.py', "'tokens'", 'starting with _']),
 ])
 def test_mistakes_are_named(config, argument, words):
@@ -89,23 +90,27 @@ def test_mistakes_are_named(config, argument, words):
 
 
 def test_a_file_like_no_other_has_no_hint():
-    with pytest.raises(UserError, match='^no file config/nope.py$'):
+    with pytest.raises(UserError) as error:
         changed('config/nope.py')
+    assert 'config/nope.py' in str(error.value)
+    assert 'did you mean' not in str(error.value)
 
 
 def test_all_unknown_names_are_listed_with_hints_at_misspellings(config):
     with pytest.raises(UserError) as error:
         changed(config('n_heads = 3\nvocab_size = 65\nuse_flash = True\niters = 5\nmax_iters = 7'))
-    hints = "'n_heads' (did you mean 'n_head'?), 'vocab_size' (it comes from the data), 'use_flash', 'iters'"
-    assert f"unknown setting {hints}: " in str(error.value) and '--skip_unknown=True' in str(error.value)
+    assert "'n_heads' (did you mean 'n_head'?), 'vocab_size' (" in str(error.value)
+    assert "), 'use_flash', 'iters': " in str(error.value)
+    assert '--skip_unknown=True' in str(error.value)
 
 
 def test_unknown_names_of_a_file_can_be_skipped(config, capsys):
-    path, option = config('max_iters = 7\nn_layer = 3\nn_embd = 5'), '--skip_unknown=True'
+    path = config('max_iters = 7\nn_layer = 3\nn_embd = 5')
+    option = '--skip_unknown=True'
     for arguments in ([path, option], [option, path], [path, '--skip_unknown']):
         assert changed(*arguments) == {'max_iters': 7}
         assert "skipping 'n_layer', 'n_embd'" in capsys.readouterr().err
-        with pytest.raises(UserError, match='n_layers'):
+        with refused('n_layers'):
             changed(*arguments, '--n_layers=3', skip_unknown=True)
 
 
@@ -131,10 +136,12 @@ def fork(checkout):
 
 
 def test_unknown_settings_stop_train_alone(fork):
-    assert "'n_heads' (did you mean 'n_head'?)" in error_line(run_script(fork, 'train.py', 'c.py', status=1))
-    for script in ('sample.py', 'export_hf.py'):
+    line = error_line(run_script(fork, 'train.py', 'c.py', status=1))
+    assert "'n_heads' (did you mean 'n_head'?)" in line
+    for script in ('sample.py', 'export_hf.py', 'sample_alibi_extrapolation.py'):
         output = run_script(fork, script, 'c.py', '--out_dir=nowhere', status=1)
-        assert "c.py: skipping 'n_heads'" in output and 'nowhere' in error_line(output)
+        assert "c.py: skipping 'n_heads'" in output
+        assert 'nowhere' in error_line(output)
 
 
 @pytest.mark.parametrize('script', SCRIPTS)
@@ -149,14 +156,17 @@ def test_typos_and_help_wait_for_no_slow_import(fork, script):
 
 @pytest.mark.parametrize('script', SCRIPTS)
 def test_help(fork, script):
-    """All settings in their sections, each with its value and its whole comment, within 80 columns."""
-    source = (fork / script).read_text()
+    """The settings in their sections, each with value and whole comment, within 80 columns."""
+    source = (fork / script).read_text(encoding='utf-8')
     output = run_script(fork, script, '--help')
-    doc, settings = ast.get_docstring(ast.parse(source)), output[output.index('\n  --'):]
-    assert ' '.join(output.split()).startswith(' '.join(doc.split()))
+    found = ' '.join(output.split())
+    doc = ast.get_docstring(ast.parse(source))
+    assert found.startswith(' '.join(doc.split()))
+    settings = output[output.index('\n  --'):]
     assert max(map(len, output.splitlines())) <= 80
-    block = re.sub(r'\w+ = \[\].*', '', source[source.index('# settings'):source.index('from configurator')])
-    found, comments = ' '.join(output.split()), re.findall(r'# +([^-\s].*)', block)
+    block = source[source.index('# settings'):source.index('from configurator')]
+    block = re.sub(r'\w+ = \[\].*', '', block)
+    comments = re.findall(r'# +([^-\s].*)', block)
     assert len(comments) > 1
     for comment in comments[1:]:
         assert ' '.join(comment.split()) in found
@@ -220,14 +230,17 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize('argument, changes', [
     ('--rate=1', dict(rate=1.0)), ('--count=4', dict(count=4)), ('--flag', dict(flag=True)),
-    ('--flag=True', dict(flag=True)), ('--name=b', dict(name='b')), ('--nothing=5', dict(nothing=5)),
-    ('--nothing=text', dict(nothing='text')), ('--pair=(3, 4)', dict(pair=(3, 4))),
+    ('--flag=True', dict(flag=True)), ('--name=b', dict(name='b')),
+    ('--nothing=5', dict(nothing=5)), ('--nothing=text', dict(nothing='text')),
+    ('--pair=(3, 4)', dict(pair=(3, 4))),
     ("--things=['y', 'z']", dict(things=['y', 'z'])), ("--table={'y': 2}", dict(table={'y': 2})),
     ('settings', dict(name=None, nothing=3, pair=[5], count=6))])
 def test_nanogpts_way_with_values_of_any_type(folder, argument, changes):
     """A config file needs no .py, and sets what it likes."""
-    (folder / 'settings').write_text('name = None; nothing = 3; pair = [5]; count *= 2; new = 1; import ast')
-    (folder / 'mine.py').write_text(MINE + EXEC + SHOW + "if 'new' in globals(): print(new, function())")
+    (folder / 'settings').write_text(
+        'name = None; nothing = 3; pair = [5]; count *= 2; new = 1; import ast')
+    show_new = "if 'new' in globals(): print(new, function())"
+    (folder / 'mine.py').write_text(MINE + EXEC + SHOW + show_new)
     output = run_script(folder, 'mine.py', argument)
     assert output == shown(**changes) + ('1 1\n' if argument == 'settings' else '')
 
@@ -250,9 +263,12 @@ else:
     (MINE + EXEC + SPAWNED, '0.5\n0.5'),
     ("import runpy\nprint(runpy.run_path('mine.py')['rate'])", '0.5'),
     ("import runpy\nprint(runpy.run_module('mine')['rate'])", '0.5'),
-    ("own = dict(rate=0.1, count=3)\nexec(open('configurator.py').read(), own)\nprint(own['rate'])", '0.5'),
-    ("own, inner = dict(rate=0.1), {}\nexec(open('configurator.py').read(), own, inner)\nprint(own['rate'])",
-     '0.5'),
+    ("own = dict(rate=0.1, count=3)\n"
+     "exec(open('configurator.py').read(), own)\n"
+     "print(own['rate'])", '0.5'),
+    ("own, inner = dict(rate=0.1), {}\n"
+     "exec(open('configurator.py').read(), own, inner)\n"
+     "print(own['rate'])", '0.5'),
 ], ids=['script', 'function', 'imported', 'spawned', 'run_path', 'run_module', 'dict', 'two dicts'])
 def test_nanogpts_way_from_anywhere(folder, code, expected):
     (folder / 'mine.py').write_text(MINE + EXEC)
@@ -266,7 +282,7 @@ def test_nanogpts_way_from_another_folder(folder):
 
 
 def test_nanogpts_way_leaves_ctrl_c_to_the_script(folder):
-    code = MINE + EXEC + "import os, signal\ntry: os.kill(os.getpid(), signal.SIGINT)\n"
+    code = MINE + EXEC + "import signal\ntry: signal.raise_signal(signal.SIGINT)\n"
     (folder / 'mine.py').write_text(code + "except KeyboardInterrupt: print('saved')")
     assert run_script(folder, 'mine.py') == 'saved\n'
 
@@ -275,12 +291,15 @@ def test_nanogpts_way_names_mistakes(folder):
     """In one line where it is a script that made it."""
     (folder / 'mine.py').write_text(MINE + EXEC + SHOW)
     (folder / 'other.py').write_text('try: import mine\nexcept Exception as error: print(error)')
-    for argument, words in (('--rat=1', "'rat'"), ('--coun=1', "did you mean 'count'?"),
-                            ('--function=1', "'function'"), ('nowhere', 'no file nowhere'),
-                            ('--pair=[1]', 'pair takes a tuple such as (1, 2), not [1]')):
-        assert words in error_line(run_script(folder, 'mine.py', argument, status=1))
-        assert words in run_script(folder, 'other.py', argument)
-    assert re.search('^  --rate=0.1 +of learning$', run_script(folder, 'mine.py', '--help'), re.MULTILINE)
+    for argument, words in (('--rat=1', ["'rat'"]), ('--coun=1', ["did you mean 'count'?"]),
+                            ('--function=1', ["'function'"]), ('nowhere', ['nowhere']),
+                            ('--pair=[1]', ['pair', 'tuple', '(1, 2)', '[1]'])):
+        line = error_line(run_script(folder, 'mine.py', argument, status=1))
+        assert all(word in line for word in words), line
+        output = run_script(folder, 'other.py', argument)
+        assert all(word in output for word in words), output
+    output = run_script(folder, 'mine.py', '--help')
+    assert re.search('^  --rate=0.1 +of learning$', output, re.MULTILINE)
 
 
 def test_nanogpts_way_reads_settings_meant_for_another_script(folder):
@@ -323,7 +342,7 @@ def test_a_mistake_is_printed_as_one_line_and_all_else_as_ever(folder):
 def test_a_mistake_can_be_caught():
     """Also where somebody tries it in a notebook."""
     assert issubclass(UserError, Exception)
-    with pytest.raises(UserError, match='^x$'):
+    with refused('^x$'):
         raise UserError('x')
 
 
@@ -331,10 +350,11 @@ def test_a_mistake_can_be_caught():
 @pytest.mark.parametrize('where', ['settings', 'later', 'one process'])
 def test_a_mistake_under_torchrun_is_printed_once_and_not_tried_again(folder, where):
     """On a line of its own, and in torchrun's closing summary."""
-    conditions = {'settings': '', 'later': '', 'one process': "if os.environ['LOCAL_RANK'] == '1': "}
-    code = SCRIPT.replace('n = 1', "n = 1\nimport os, time").replace(
-        'raise', conditions[where] + "os.write(1, b'tried\\n')\n" + conditions[where] + 'raise')
-    (folder / 'mine.py').write_text(code.format("UserError('do this')") + '\ntime.sleep(60)')
+    condition = "if os.environ['LOCAL_RANK'] == '1': " if where == 'one process' else ''
+    code = SCRIPT.replace('n = 1', "n = 1\nimport os, time")
+    tell = f"{condition}os.write(1, b'tried\\n')\n"
+    code = code.replace('raise', f'{tell}{condition}raise').format("UserError('do this')")
+    (folder / 'mine.py').write_text(f'{code}\ntime.sleep({HANG})')
     options = ['--max-restarts=3', 'mine.py'] + (['--x=1'] if where == 'settings' else [])
     launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
     output = run_script(folder, *launcher, *options, status=1)
@@ -347,4 +367,6 @@ def test_a_mistake_under_torchrun_is_printed_once_and_not_tried_again(folder, wh
 def test_no_config_asks_for_a_precision():
     """It is the machine's: bfloat16 takes 26 times as long on a CPU that only emulates it."""
     paths = sorted(REPO.glob('config/*.py'))
-    assert paths and not [path.name for path in paths if re.search('^dtype', path.read_text(), re.MULTILINE)]
+    assert paths
+    for path in paths:
+        assert not re.search('^dtype', path.read_text(encoding='utf-8'), re.MULTILINE), path.name

@@ -7,6 +7,8 @@ from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
+from conftest import refused
+from systems import needs_links, with_slashes
 
 from configurator import UserError
 from dataset import (
@@ -84,28 +86,29 @@ def test_an_epoch_reads_each_window_once(n_tokens):
 
 
 @pytest.mark.parametrize('content, words', [
-    (None, ['prepare_text.py FILE']), (b'', ['0 ids']), (b'abc', ['1.5 ids of 16 bits', 'truncated']),
-    (b'ab' * 8, ['8 ids', 'block_size=8', '9'])])
+    (None, ['prepare_text.py FILE']), (b'', ['0 ids']),
+    (b'abc', ['1.5 ids of 16 bits', 'truncated']), (b'ab' * 8, ['8 ids', 'block_size=8', '9'])])
 def test_bad_token_files_are_named(folder, content, words):
     if content is not None:
         (folder / 'train.bin').write_bytes(content)
     with pytest.raises(UserError) as error:
         load_split('x', 'train', 8, None)
-    assert all(word in str(error.value) for word in ['data/x/train.bin', *words]), error.value
+    text = with_slashes(str(error.value))
+    assert all(word in text for word in ['data/x/train.bin', *words]), text
 
 
 def test_large_vocabularies_take_32_bits(folder):
     assert token_type(None) == token_type({'vocab_size': 2**16}) == np.dtype('<u2')
     large = {'vocab_size': 2**16 + 1}
     assert write_ids(folder, [2**16, 1, 2, 3, 4], '<u4', large).tolist() == [2**16, 1, 2, 3, 4]
-    with pytest.raises(UserError, match='train.bin holds 32-bit ids'):
+    with refused('train.bin holds 32-bit ids'):
         write_ids(folder, range(100), '<u4', AB)
-    with pytest.raises(UserError, match=f'token 65537 .*vocab_size is {2**16 + 1}'):
+    with refused(f'token 65537 .*vocab_size is {2**16 + 1}'):
         draw_batch(write_ids(folder, [1] * 100, '<u2', large), 4, 4, 2**16 + 1, 0)
 
 
 @pytest.mark.parametrize('text, meta, is_refused, n_doubts', [
-    ('a\nb\nc\n' * 500, 'its own', False, 1),                      # a character a line: it may be 32-bit ids
+    ('a\nb\nc\n' * 500, 'its own', False, 1),             # a character a line: it may be 32-bit ids
     ('a\nb\nc\n' * 500 + 'ab\n' * 2, 'its own', False, 0),
     ('a\nb\n\nc\n' * 500, 'its own', False, 0),
     ('a\nb\nc\n' * 500, None, True, 0),                           # GPT-2's token 0 is a '!'
@@ -116,12 +119,12 @@ def test_doubts(folder, text, meta, is_refused, n_doubts):
     stoi = {char: i for i, char in enumerate(sorted(set(text)))}
     meta = {'vocab_size': len(stoi), 'stoi': stoi} if meta else None
     if is_refused:
-        with pytest.raises(UserError, match='holds 32-bit ids'):
+        with refused('holds 32-bit ids'):
             write_ids(folder, [stoi[char] for char in text], meta=meta)
         return
     found = doubts(write_ids(folder, [stoi[char] for char in text], meta=meta), meta)
     assert len(found) == n_doubts
-    assert all('data/x/train.bin' in line and '\n' not in line for line in found)
+    assert all('data/x/train.bin' in with_slashes(line) and '\n' not in line for line in found)
 
 
 def test_tokens_of_gpt2_raise_no_doubt(folder):
@@ -130,8 +133,9 @@ def test_tokens_of_gpt2_raise_no_doubt(folder):
     assert doubts(write_ids(folder, [5, 0, 7, 0, 8], '<u4', large), large) == []
 
 
+@needs_links
 def test_a_data_set_on_another_disk(folder, tmp_path):
-    """data/x may be a link, and so may be train.bin: errors and results name it as the user does."""
+    """data/x or train.bin may be a link: errors and results name it as the user does."""
     (tmp_path / 'disk').mkdir()
     (folder.parent / 'far').symlink_to(tmp_path / 'disk')
     np.arange(100, dtype='<u2').tofile(tmp_path / 'disk/train.bin')
@@ -139,7 +143,7 @@ def test_a_data_set_on_another_disk(folder, tmp_path):
     for name in ('x', 'far'):
         data = load_split(name, 'train', 4, None)
         assert data.filename.relative_to(os.getcwd()) == Path(f'data/{name}/train.bin')
-        with pytest.raises(UserError, match=f'data/{name}/train.bin: token'):
+        with refused(f'data/{name}/train.bin: token'):
             draw_batch(data, 4, 4, 3, 0)
 
 
@@ -148,11 +152,11 @@ def test_missing_data_say_what_to_do(folder, monkeypatch):
     for name, words in (
             ('mine', 'run python data/prepare_text.py FILE --dataset=mine first'),
             ('x', 'run python data/x/prepare.py first'),
-            ('openwebtext', 'did you forget a config. e.g. config/train_shakespeare_char_fast.py')):
-        with pytest.raises(UserError, match=f'^no data/{name}/train.bin: .*{words}$'):
+            ('openwebtext', 'config/train_shakespeare_char_fast.py')):
+        with refused(f'data/{name}/train.bin: .*{words}'):
             load_split(name, 'train', 4, None)
     monkeypatch.chdir(folder)
-    with pytest.raises(UserError, match="^no data/ here: run it from the repository's root$"):
+    with refused("no data/ here: .*root"):
         load_split('x', 'train', 4, None)
 
 
@@ -174,13 +178,17 @@ def test_a_fingerprint_sees_the_whole_split():
     (OrderedDict(vocab_size=2, stoi=OrderedDict(a=0, b=1)), 2, 'ab', [0, 1]),
     ({'itos': ['a', 'b', 'c']}, 3, 'cab', [2, 0, 1]),
     ({'stoi': {'a': 0, 'b': 5}, 'itos': {0: 'a', 5: 'b'}}, 6, 'ba', [5, 0]),
-    ({'vocab_size': np.int64(9), 'stoi': {'a': np.int32(0)}, 'itos': {np.uint16(0): 'a'}}, 9, 'aa', [0, 0]),
+    ({'vocab_size': np.int64(9), 'stoi': {'a': np.int32(0)}, 'itos': {np.uint16(0): 'a'}},
+     9, 'aa', [0, 0]),
     ({'itos': ['a', 'ab', 'b', 'bab', ' ']}, 5, 'abab bab', [1, 1, 4, 3]),
     ({'itos': [bytes([i]) for i in range(256)]}, 256, 'aé', [97, 195, 169]),
     ({'itos': [b'a', b'\xc3\xa9', b'\xc3', b'\xa9']}, 4, 'aé', [0, 1]),
 ])
 def test_any_form_of_vocabulary(folder, meta, vocab_size, text, ids):
-    """Two characters with one id, lists, gaps, numpy's integers, words, bytes; cut by longest match."""
+    """Two characters with one id, lists, gaps, numpy's integers, words, bytes.
+
+    The longest match is cut off first.
+    """
     meta = write_meta(folder, meta)
     assert meta['vocab_size'] == vocab_size
     tok = tokenizer(meta)
@@ -193,7 +201,7 @@ def test_vocab_size_alone(folder):
     assert load_meta('x') is None                                   # no file is GPT-2's BPE
     tok = tokenizer(write_meta(folder, {'vocab_size': 50}))
     assert tok.vocab_size == 50 and tok.decode_bytes([7, 49]) == b'7 49 '
-    with pytest.raises(UserError, match='IDS:1,2,3'):
+    with refused('IDS:1,2,3'):
         tok.encode('a')
     assert tok.encode('') == [] and not tok.has_text
 
@@ -205,7 +213,7 @@ def test_tokens_that_are_no_text(folder):
                  {'stoi': {(i, 'up'): i for i in range(50)}}):
         tok = tokenizer(write_meta(folder, meta))
         assert tok.vocab_size == 50 and tok.decode_bytes([7, 49]) == b'7 49 ' and not tok.has_text
-        with pytest.raises(UserError, match='IDS:1,2,3'):
+        with refused('IDS:1,2,3'):
             tok.encode('a')
     assert tokenizer(AB).has_text
 
@@ -217,13 +225,13 @@ def test_padding_of_the_vocabulary():
 
 
 def test_an_unknown_character_is_named_with_its_place():
-    with pytest.raises(UserError, match=r"'é' at position 3 .*2 tokens, 'ab'"):
+    with refused(r"'é' at position 3 .*2 tokens, 'ab'"):
         tokenizer(AB).encode('abaéb')
 
 
 def test_a_hostile_meta_is_refused_and_runs_nothing(folder):
     (folder / 'meta.pkl').write_bytes(b"cos\nmkdir\n(S'made'\ntR.")  # os.mkdir('made')
-    with pytest.raises(UserError, match='meta.pkl.*mkdir, which could run code'):
+    with refused('meta.pkl.*mkdir, which could run code'):
         load_meta('x')
     assert not os.path.exists('made')
     pickle.loads((folder / 'meta.pkl').read_bytes())                # the payload is real
@@ -244,14 +252,14 @@ def test_a_hostile_meta_is_refused_and_runs_nothing(folder):
 def test_a_meta_that_is_none_or_contradicts_itself_is_named(folder, meta, words):
     """With the value at fault. Where there is a prepare.py, it is to be run again."""
     before = 'data/x/meta.pkl is not a vocabulary .*'
-    with pytest.raises(UserError, match=f'{before}{words}.*: it must be a pickled dict'):
+    with refused(f'{before}{words}.*: it must be a pickled dict'):
         write_meta(folder, meta)
     (folder / 'prepare.py').touch()
-    with pytest.raises(UserError, match=f'{before}{words}.*: run python data/x/prepare.py again'):
+    with refused(f'{before}{words}.*: run python data/x/prepare.py again'):
         write_meta(folder, meta)
 
 
 def test_a_damaged_meta_is_named(folder):
     (folder / 'meta.pkl').write_bytes(b'junk')
-    with pytest.raises(UserError, match='meta.pkl'):
+    with refused('meta.pkl'):
         load_meta('x')

@@ -9,10 +9,11 @@ import pytest
 import torch
 from conftest import error_line, run_script, tiny
 from prepare_text import char_meta, write_splits
+from systems import needs_links
 
 import checkpoint
 
-TEXT = "The ß is a letter of the alphabet, which 'str.casefold()' makes ss. " * 2  # two bytes in UTF-8
+TEXT = "The ß is a letter of the alphabet, which 'str.casefold()' makes ss. " * 2  # ß: two bytes
 
 
 @pytest.fixture(scope='module')
@@ -24,7 +25,8 @@ def run(checkout):
 
 
 def evaluate(folder, *args):
-    return json.loads(run_script(folder, 'eval.py', *args, '--device=cpu', '--json=True'))
+    options = ['--device=cpu', '--json=True']
+    return json.loads(run_script(folder, 'eval.py', *args, *options, only_stdout=True))
 
 
 def test_a_text(run):
@@ -40,8 +42,9 @@ def test_a_text(run):
         assert found['tokens'] == len(expected) == len(TEXT) - 1
         assert found['loss'] == pytest.approx(sum(expected) / len(expected), abs=1e-5)
         assert found['perplexity'] == pytest.approx(math.exp(found['loss']))
-        n_bytes = len(TEXT.encode()) - 1                            # of the first character, no target
-        assert found['bits_per_byte'] == pytest.approx(sum(expected) / math.log(2) / n_bytes, abs=1e-5)
+        n_bytes = len(TEXT.encode()) - 1                            # of the first, no target
+        bits = sum(expected) / math.log(2)
+        assert found['bits_per_byte'] == pytest.approx(bits / n_bytes, abs=1e-5)
 
 
 def test_the_val_split_by_default(run):
@@ -69,9 +72,11 @@ def test_another_vocabulary_is_refused(run):
     text = 'abcdefg ' * 200
     write_splits(run / 'data/other_char', text, char_meta(text))
     line = error_line(run_script(run, 'eval.py', 'out-eval', '--dataset=other_char', status=1))
-    assert 'data/other_char has a different vocabulary from the training data of out-eval' in line
+    assert 'data/other_char has a different vocabulary' in line
+    assert 'out-eval' in line
 
 
+@needs_links
 def test_data_on_another_disk(run, tmp_path):
     """data/NAME is a link there."""
     shutil.copytree(run / 'data/pydocs_char', tmp_path / 'disk')

@@ -15,7 +15,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPO, environment, error_line, load_state, run_script, tiny, weights
+from conftest import REPO, error_line, load_state, run_script, tiny, weights
+from processes import environment
+from systems import needs_posix
 
 
 def patch(checkout, folder, page):
@@ -47,7 +49,8 @@ for switch in (True, False):
     print(f'{mlp(torch.ones(1, 1)).item():.4f}')
 """
     expected = 1.954500 - 10 * 0.0040497
-    assert run_script(relu2, '-c', code).split() == ['4.0000', f'{expected:.4f}']
+    output = run_script(relu2, '-c', code, only_stdout=True)
+    assert output.split() == ['4.0000', f'{expected:.4f}']
 
 
 def test_the_switch_is_trained_resumed_and_kept(relu2, tmp_path):
@@ -65,7 +68,8 @@ def test_the_switch_is_trained_resumed_and_kept(relu2, tmp_path):
     assert 'use_relu2' in error_line(run_script(relu2, 'train.py', *new, status=1))
     refused = run_script(relu2, 'export_hf.py', f'--out_dir={whole}', '--hf_dir=hf-relu2', status=1)
     assert 'use_relu2' in error_line(refused)
-    rows = run_script(relu2, 'plot.py', whole, gelu, '--json=True', f'--file={tmp_path}/a.png')
+    options = ['--json=True', f'--file={tmp_path}/a.png']
+    rows = run_script(relu2, 'plot.py', whole, gelu, *options, only_stdout=True)
     settings = [row['settings'] for row in json.loads(rows)]
     assert settings == [{'use_relu2': True}, {'use_relu2': False}]
 
@@ -90,7 +94,8 @@ def test_the_schedule(schedule, tmp_path):
     """Rates by hand, for a warm-up of 2 and 10 updates: it falls over the last 7. Then a resume."""
     steps = (0, 1, 2, 3, 5, 10, 99)
     code = f"import train; print([train.linear_lr(i, 1.0, 0.3, 2, 10) for i in {steps}])"
-    rates = [float(rate) for rate in run_script(schedule, '-c', code).strip(' []\n').split(',')]
+    output = run_script(schedule, '-c', code, only_stdout=True)
+    rates = [float(rate) for rate in output.strip(' []\n').split(',')]
     assert rates == pytest.approx([1 / 3, 2 / 3, 1, 1, 0.8, 0.3, 0.3])
     one, two, other = tmp_path / 'out-1', tmp_path / 'out-2', tmp_path / 'other'
     run_script(schedule, 'train.py', *tiny(out_dir=one, lr_schedule='linear', min_lr=0.0))
@@ -104,6 +109,7 @@ def test_the_schedule(schedule, tmp_path):
 
 
 @pytest.mark.slow
+@needs_posix('bash')
 def test_the_sweep(checkout, tmp_path):
     """Six runs, each in a folder of its own, and a row for each rate."""
     shutil.copytree(checkout, tmp_path / 'repo')
@@ -125,12 +131,13 @@ def test_the_picture_of_attention_in_the_course(checkout, tmp_path):
     code, = re.findall(r'```python\n(.*?)```', page, flags=re.DOTALL)
     run = tmp_path / 'run'
     run_script(checkout, 'train.py', *tiny(out_dir=run, n_layer=3, n_head=4, max_iters=2))
-    code = code.replace('out-long', str(run)).replace('attention.png', f'{tmp_path}/a.png')
+    code = code.replace('out-long', run.as_posix())
+    code = code.replace('attention.png', f'{tmp_path.as_posix()}/a.png')
     code += """
 weights = seen[0][0]
 print(weights.shape == (4, len(text), len(text)), weights.triu(1).abs().max().item() == 0)
 print(torch.allclose(weights.sum(-1), torch.ones(())))
 """
-    output = run_script(checkout, '-c', code, env={'MPLBACKEND': 'agg'})
+    output = run_script(checkout, '-c', code, env={'MPLBACKEND': 'agg'}, only_stdout=True)
     assert output.split() == ['True', 'True', 'True']
     assert (tmp_path / 'a.png').read_bytes().startswith(b'\x89PNG')

@@ -1,4 +1,4 @@
-"""sample_alibi_extrapolation.py: its losses against one forward pass for each, its errors, and as it runs."""
+"""sample_alibi_extrapolation.py: each loss against a forward pass, its errors, and as it runs."""
 import json
 import math
 import re
@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import error_line, run_script, tiny
+from conftest import error_line, refused, run_script, tiny
 from matplotlib.figure import Figure
-from test_model import random_ids, small
+from small_models import random_ids, small
+from systems import with_slashes
 
 import checkpoint
 import runtime
 import sample_alibi_extrapolation as script
-from configurator import UserError
 from model import KVCache
 
 SCRIPT = 'sample_alibi_extrapolation.py'
@@ -33,8 +33,8 @@ def naive_loss(model, start, place):
 @pytest.mark.parametrize('positions', [dict(use_alibi=True), dict(use_rope=True)])
 @pytest.mark.parametrize('W', [16, 24, 128])
 def test_losses_equal_one_forward_for_each_target(W, positions, monkeypatch):
-    """The slow way: for each target a forward pass over exactly the tokens before it in its window."""
-    monkeypatch.setattr('eval.BATCH_TOKENS', 50)                 # several batches, the last one smaller
+    """The slow way: for each target a forward pass over the tokens before it in its window."""
+    monkeypatch.setattr('eval.BATCH_TOKENS', 50)             # several batches, the last one smaller
     model = small(**positions)
     whole = script.whole_text_losses(model, MACHINE, DATA, W)
     assert len(whole) == 300
@@ -68,7 +68,10 @@ def test_rolling_losses_are_those_of_a_query_that_sees_its_last_keys(positions):
 @pytest.mark.parametrize('is_recomputed', [False, True])
 @pytest.mark.parametrize('positions', [{}, dict(use_alibi=True), dict(use_rope=True)])
 def test_losses_by_position_equal_one_forward_for_each(positions, is_recomputed, monkeypatch):
-    """The targets are passages spread over the whole text. A window sees the last block_size tokens."""
+    """The targets are passages spread over the whole text.
+
+    A window sees the last block_size tokens.
+    """
     if not positions and not is_recomputed:
         return                                                      # learned positions end
     monkeypatch.setattr(script, 'PASSAGES', 5)
@@ -154,7 +157,9 @@ def test_the_picture(monkeypatch, tmp_path):
     for axes in figures[0].axes:
         means = [[*line.get_ydata()] for line in axes.lines if not line.get_label().startswith('_')]
         assert means == [[2.0, 1.0], [4.0, 3.0]]
-        bands = [{tuple(point) for point in band.get_paths()[0].vertices} for band in axes.collections]
+        bands = []
+        for band in axes.collections:
+            bands.append({tuple(point) for point in band.get_paths()[0].vertices})
         assert bands == [{(2, 1.5), (2, 2.5), (6, 0.75), (6, 1.25)},
                          {(2, 3.75), (2, 4.25), (6, 2.0), (6, 4.0)}]
     legend, = figures[0].legends
@@ -171,21 +176,28 @@ def trained(checkout, tmp_path_factory):
     return folder
 
 
+def extrapolate(checkout, *arguments, **how):
+    """The output of the script, on the CPU."""
+    return run_script(checkout, SCRIPT, '--device=cpu', *arguments, **how)
+
+
 def rows(output):
     """The window lengths and first losses in the tables that the script printed."""
-    return [(int(row[1]), float(row[2])) for row in re.finditer(r'(?m)^ +(\d+) = [\d.]+x +([\d.]+)', output)]
+    found = re.finditer(r'(?m)^ +(\d+) = [\d.]+x +([\d.]+)', output)
+    return [(int(row[1]), float(row[2])) for row in found]
 
 
 def test_the_script(checkout, trained):
     """The table, JSON and plot of two kinds; two seeds are averaged."""
     short = ['--val_tokens=5000', '--targets=1024']
-    alone = [rows(run_script(checkout, SCRIPT, trained / name, *short)) for name in ('alibi', 'second')]
-    output = run_script(checkout, SCRIPT, trained / 'alibi', trained / 'second',
-                        trained / 'learned', *short)
+    alone = [rows(extrapolate(checkout, trained / name, *short))
+             for name in ('alibi', 'second')]
+    output = extrapolate(checkout, trained / 'alibi', trained / 'second', trained / 'learned',
+                         *short)
     table = rows(output)
     lengths = [32, 48, 64, 128, 256]
     assert [W for W, _ in table] == [*lengths, *lengths, 32, *lengths, *lengths, *lengths]
-    assert [W for W, _ in alone[0]] == 4 * lengths                  # in full and rolling, two tables
+    assert [W for W, _ in alone[0]] == 4 * lengths                 # in full and rolling, two tables
     ours = table[:10] + table[11:21]
     for (_, loss), (_, first), (_, second) in zip(ours, *alone, strict=True):
         assert loss == pytest.approx((first + second) / 2, abs=2e-4) and 2 < loss < 4.5
@@ -199,7 +211,9 @@ def test_the_script(checkout, trained):
 
     path = trained / 'alibi/alibi_extrapolation.json'
     full, rolling, learned = json.loads(path.read_text())['methods']
-    assert full['folders'] == [f'{trained}/alibi', f'{trained}/second'] and full['seeds'] == [1337, 7]
+    assert [with_slashes(name) for name in full['folders']] == [
+        (trained / name).as_posix() for name in ('alibi', 'second')]
+    assert full['seeds'] == [1337, 7]
     for protocol, first in (('non_overlapping', 0), ('sliding', 11)):
         for method in (full, rolling):
             for row, (W, loss) in zip(method['windows'], table[first:first + 5], strict=True):
@@ -211,7 +225,7 @@ def test_the_script(checkout, trained):
         for row in method['windows']:
             assert row['sliding']['loss'] == method['by_position']['loss'][row['window'] // 8 - 1]
     for method, is_paired in ((full, False), (rolling, True), (learned, False)):
-        for row in method['windows']:                               # with two seeds, as the first has
+        for row in method['windows']:                           # with two seeds, as the first has
             assert (row['sliding']['difference_from_first'] is not None) == is_paired
     assert ['non_overlapping' in row for row in learned['windows']] == [True, *4 * [False]]
     assert len(learned['by_position']['loss']) == 32
@@ -220,27 +234,28 @@ def test_the_script(checkout, trained):
 
 def test_lengths_and_a_short_val_split(checkout, trained):
     """Windows as long as the text still have a target by position."""
-    output = run_script(checkout, SCRIPT, trained / 'alibi', '--lengths=0.5,3', '--val_tokens=2000')
+    output = extrapolate(checkout, trained / 'alibi', '--lengths=0.5,3', '--val_tokens=2000')
     assert [W for W, _ in rows(output)] == 4 * [16, 32, 96]
     (checkout / 'data/short').mkdir()
     shutil.copy(checkout / 'data/pydocs_char/meta.pkl', checkout / 'data/short')
     for n, windows in ((100, [32, 48, 64]), (33, [32])):
         (np.arange(n) % 100).astype('<u2').tofile(checkout / 'data/short/val.bin')
-        output = run_script(checkout, SCRIPT, trained / 'alibi', '--dataset=short')
+        output = extrapolate(checkout, trained / 'alibi', '--dataset=short')
         assert [W for W, _ in rows(output)] == 4 * windows
     (np.arange(20) % 100).astype('<u2').tofile(checkout / 'data/short/val.bin')
-    line = error_line(run_script(checkout, SCRIPT, trained / 'alibi', '--dataset=short', status=1))
+    line = error_line(extrapolate(checkout, trained / 'alibi', '--dataset=short', status=1))
     assert '20 ids' in line and 'block_size=32' in line
 
 
 def test_what_is_no_other_seed(checkout, trained, tmp_path, monkeypatch):
-    """A run that was resumed has its own seed, a copy adds nothing to a row, other data are refused."""
+    """A resumed run has a seed of its own, a copy adds nothing to a row, other data are refused."""
     monkeypatch.chdir(checkout)
     state = checkpoint.read_state(trained / 'alibi/ckpt.pt')
     del state['path']
     for name, more in (('copy', {}), ('resumed', dict(seed=8, log_interval=5)),
                        ('finetuned', dict(seed=9, init_from='gpt2')),
-                       ('other', dict(seed=9, dataset='elsewhere')), ('smaller', dict(batch_size=2))):
+                       ('other', dict(seed=9, dataset='elsewhere')),
+                       ('smaller', dict(batch_size=2))):
         torch.save(state | dict(config=state['config'] | more), tmp_path / f'{name}.pt')
     def load(*paths):
         runs = [script.load_run(path, MACHINE) for path in paths]
@@ -265,7 +280,7 @@ def test_what_is_no_other_seed(checkout, trained, tmp_path, monkeypatch):
     (checkout / 'data/bpe').mkdir()                                 # without meta.pkl
     shutil.copy(checkout / 'data/pydocs_char/val.bin', checkout / 'data/bpe')
     monkeypatch.setattr(script, 'dataset', 'bpe')
-    with pytest.raises(UserError, match='data/bpe has a different vocabulary'):
+    with refused('data/bpe has a different vocabulary'):
         script.load_data(load(*folders))
 
 
@@ -275,8 +290,8 @@ def test_the_study_that_trains_its_own_models(checkout):
     config = (checkout / 'config/train_shakespeare_char_cpu.py').read_text()
     (checkout / 'config/short.py').write_text(
         f"{config}\ndataset = 'pydocs_char'\nmax_iters = 20\neval_interval = 10\nblock_size = 16\n")
-    output = run_script(checkout, SCRIPT, '--training=config/short.py', '--targets=256', '--seed=7',
-                        '--val_tokens=2000')
+    output = extrapolate(checkout, '--training=config/short.py', '--targets=256', '--seed=7',
+                         '--val_tokens=2000')
     lengths = [16, 24, 32, 64, 128]
     # ALiBi in full and rolling, rotary recomputed, rolling and in full, learned recomputed
     apart = [*lengths, *lengths, 16, *lengths, *lengths, 16]

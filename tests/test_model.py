@@ -86,7 +86,7 @@ def test_the_future_does_not_matter(positions):
 @pytest.mark.parametrize('flash', [True, False])
 @pytest.mark.parametrize('pieces', [[16], [5, 16], [5, 6, 7, 16]])
 def test_the_future_does_not_matter_in_train_mode(p, positions, flash, pieces):
-    """With dropout, in one piece or with a cache: to the bit, since the same random numbers are drawn."""
+    """With dropout, in one piece or with a cache: to the bit, as the same numbers are drawn."""
     model, idx = small(**positions, dropout=p).train(), random_ids(2, 16)
     for block in model.transformer.h:
         block.attn.flash = flash
@@ -105,7 +105,8 @@ def test_the_future_does_not_matter_in_train_mode(p, positions, flash, pieces):
         changed = idx.clone()
         changed[:, t] = (idx[:, t] + 1) % SMALL['vocab_size']
         after = logits(changed)
-        assert torch.equal(before[:, :t], after[:, :t]) and not torch.allclose(before[:, t:], after[:, t:])
+        assert torch.equal(before[:, :t], after[:, :t])
+        assert not torch.allclose(before[:, t:], after[:, t:])
 
 
 @pytest.mark.parametrize('positions', [{}, ALIBI, ROPE])
@@ -128,12 +129,13 @@ def test_logits_in_train_mode_equal_the_naive_model(positions, cached):
 
 @pytest.mark.parametrize('std, args', [(0.02, ()), (0.05, (0.05,))])
 def test_initialization_is_gpt2s(std, args):
-    """A standard deviation of 0.02, less where a block writes; biases are 0, and LayerNorm's weights 1."""
+    """A standard deviation of 0.02, less where a block writes; biases are 0, norms' weights 1."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=64, vocab_size=500, n_layer=8, n_head=4, n_embd=128), *args)
     for name, p in model.named_parameters():
         if name.endswith('c_proj.weight'):
-            assert p.std().item() == pytest.approx(std / 4, rel=0.05), name  # 1 / sqrt(2 * 8) = 1 / 4
+            smaller = std / math.sqrt(2 * 8)                        # two for each of 8 blocks
+            assert p.std().item() == pytest.approx(smaller, rel=0.05), name
         elif p.dim() == 2:
             assert p.std().item() == pytest.approx(std, rel=0.05), name
         else:
@@ -235,9 +237,9 @@ def test_cached_logits_equal_uncached_ones(positions, T, pieces):
 @pytest.mark.parametrize('positions', [{}, ALIBI, ROPE])
 @pytest.mark.parametrize('T', [3, 16, 20])
 def test_generate_equals_a_full_forward_for_each_token(positions, T):
-    """Past block_size too: models without ALiBi see the last block_size tokens there, with it all of them.
+    """Past block_size too, where models without ALiBi see the last block_size tokens.
 
-    A rotary model does so without its cache, which rolls (below).
+    A model with ALiBi sees all. A rotary one does so without its cache, which rolls (below).
     """
     model, idx = small(**positions), random_ids(2, T)
     expected = idx
@@ -254,7 +256,7 @@ def test_generate_equals_a_full_forward_for_each_token(positions, T):
 
 @pytest.mark.parametrize('T', [3, 15, 16, 20])
 def test_a_cache_that_rolls_shows_each_token_the_last_ones(T):
-    """As the naive model computes the whole text at once, where a query sees the last block_size keys.
+    """As the naive model computes the whole text at once, a query seeing block_size keys.
 
     Of a longer prompt the last block_size tokens are the text's beginning.
     """
@@ -265,7 +267,7 @@ def test_a_cache_that_rolls_shows_each_token_the_last_ones(T):
     expected = naive.logits(model.state_dict(), model.config, text.tolist(), window=L)
     assert torch.equal(text[first:], expected[first - 1:-1].argmax(-1))
 
-    cache = KVCache(L, idx.device, rolls=True)                      # and the logits, not only the text
+    cache = KVCache(L, idx.device, rolls=True)                   # and the logits, not only the text
     with torch.no_grad():
         pieces = [text[None, :first], *text[None, first:].split(1, dim=1)]
         logits = [model(piece, piece, cache=cache)[0] for piece in pieces]
@@ -284,13 +286,14 @@ def test_no_shape_changes_from_token_to_token(positions, monkeypatch):
     original = F.scaled_dot_product_attention
 
     def spy(q, k, v, attn_mask=None, **options):
-        shapes.add((q.size(2), k.size(2), attn_mask if attn_mask is None else tuple(attn_mask.shape)))
+        mask_shape = None if attn_mask is None else tuple(attn_mask.shape)
+        shapes.add((q.size(2), k.size(2), mask_shape))
         return original(q, k, v, attn_mask, **options)
 
     def decode(new, cache):
         assert new.shape == (3, 1)
         for tensor in (*cache.keys, *cache.values):
-            tensor[:, :, cache.length:] = 1e30                      # must not be seen, if there is any
+            tensor[:, :, cache.length:] = 1e30                   # must not be seen, if there is any
         return call(new, cache=cache)
 
     def call(*args, **options):
@@ -378,7 +381,7 @@ def test_sampling_follows_temperature_and_top_k():
 
 
 def step_results(step, model, idx, dtype=None, **options):
-    """The loss of step (the model, or compiled from it), its gradients, and the next random number."""
+    """The loss of step (the model, or compiled), its gradients, and the next random number."""
     model.zero_grad()
     torch.manual_seed(5)                                            # for dropout
     with torch.autocast('cpu', dtype, enabled=dtype is not None):
@@ -395,8 +398,10 @@ def test_dropout(p):
     dropout = Dropout(p)
     y = dropout(x)
     y.sum().backward()
-    assert torch.equal(x.grad, y) and (y == 0).float().mean().item() == pytest.approx(p, abs=2e-3)
-    assert y.max().item() == pytest.approx(1 / (1 - p), rel=1e-4) and len(y.unique()) == (2 if p else 1)
+    assert torch.equal(x.grad, y)
+    assert (y == 0).float().mean().item() == pytest.approx(p, abs=2e-3)
+    assert y.max().item() == pytest.approx(1 / (1 - p), rel=1e-4)
+    assert len(y.unique()) == (2 if p else 1)
     assert p == 0 or not torch.equal(dropout(x), y)
     assert torch.equal(dropout.eval()(x), x)
 
@@ -408,7 +413,8 @@ def test_attention_drops_probabilities(use_alibi):
     attention, x = CausalSelfAttention(GPTConfig(**SMALL)), torch.randn(3, 50, 24)
     context = dict(mask=alibi_bias(alibi_slopes(3), torch.arange(50), 50)) if use_alibi else {}
     seen = []
-    attention.attn_dropout.register_forward_hook(lambda module, x, output: seen.extend([*x, output]))
+    attention.attn_dropout.register_forward_hook(
+        lambda module, x, output: seen.extend([*x, output]))
     attention.attn_dropout.p = 0.25
     y = attention(x, **context)
     kept, dropped = seen                                            # (3, H, 50, 50) each
@@ -439,7 +445,7 @@ def test_checkpointed_activations_are_not_kept():
         kept = {}
 
         def note(tensor):
-            kept[tensor.data_ptr()] = tensor                        # alive, so that no other gets its address
+            kept[tensor.data_ptr()] = tensor              # alive, so that no other gets its address
             return tensor
 
         model = small(n_layer=n_layer, dropout=0.3).train()
@@ -453,7 +459,7 @@ def test_checkpointed_activations_are_not_kept():
 @pytest.mark.slow
 @pytest.mark.parametrize('use_alibi', [False, True])
 def test_compiled_checkpointed_activations_equal_kept_ones(use_alibi):
-    torch._dynamo.reset()                                           # too many recompilations make it eager
+    torch._dynamo.reset()                                    # too many recompilations make it eager
     model, idx = small(std=0.02, use_alibi=use_alibi, dropout=0.3).train(), random_ids(2, 17)
     step = torch.compile(model)
     kept = step_results(step, model, idx)
@@ -466,7 +472,7 @@ def test_compiled_checkpointed_activations_equal_kept_ones(use_alibi):
 
 @pytest.mark.parametrize('dtype', [None, torch.bfloat16])
 def test_the_loss_in_chunks_is_the_whole_one(dtype):
-    """With return_logits=False many logits are computed in chunks: the same loss, the same gradients."""
+    """With return_logits=False many logits come in chunks: the same loss, the same gradients."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=256, vocab_size=50304, n_layer=1, n_head=2, n_embd=32))
     idx = torch.randint(50304, (3, 257))
@@ -483,7 +489,8 @@ def test_the_loss_in_chunks_is_the_whole_one(dtype):
         (3 * loss).backward()
         assert (logits is None) != return_logits
         assert evaluated.item() == pytest.approx(loss.item(), rel=1e-6)
-        results.append((loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}))
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+        results.append((loss.item(), gradients))
     (whole, gradients), (chunked, chunked_gradients) = results
     assert chunked == pytest.approx(whole, rel=1e-6)
     tolerance = 1e-5 if dtype is None else 2e-2
@@ -522,7 +529,8 @@ def test_the_compiled_loss_in_chunks_is_the_eager_one(dtype):
     y = torch.randint(50, (30,), generator=generator)
     y[3:9] = -1
     results = []
-    for call in (HeadLoss.apply, torch.compile(HeadLoss.apply, backend='aot_eager', fullgraph=True)):
+    compiled = torch.compile(HeadLoss.apply, backend='aot_eager', fullgraph=True)
+    for call in (HeadLoss.apply, compiled):
         w = weight.clone().requires_grad_()
         x = torch.randn(30, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
         with torch.autocast('cpu', dtype, enabled=dtype is not None):
@@ -541,14 +549,16 @@ def noisy(model, idx):
     return not torch.equal(all_logits(model, idx), all_logits(model, idx))
 
 
-DROPOUTS = ['transformer.drop'] + [f'transformer.h.{layer}.{part}' for layer in range(2)
-                                   for part in ('attn.attn_dropout', 'attn.resid_dropout', 'mlp.dropout')]
+DROPOUTS = [
+    'transformer.drop',
+    *(f'transformer.h.{layer}.{part}' for layer in range(2)
+      for part in ('attn.attn_dropout', 'attn.resid_dropout', 'mlp.dropout'))]
 
 
 @pytest.mark.parametrize('name', DROPOUTS)
 @pytest.mark.parametrize('positions', [{}, ALIBI])
 def test_each_dropout_takes_effect(name, positions):
-    """And is a torch.nn.Dropout, which a loop over the modules finds; p may be anything from 0 to 1."""
+    """Each is a torch.nn.Dropout, which a loop over the modules finds, with p from 0 to 1."""
     model, idx = small(**positions), random_ids(2, 16)
     found = [key for key, module in model.named_modules() if isinstance(module, torch.nn.Dropout)]
     assert found == DROPOUTS and not noisy(model, idx)
@@ -567,22 +577,26 @@ def test_dropout_is_set_in_its_modules_and_not_in_the_config():
     model.config.dropout = 0.5
     assert not noisy(model, idx)
     for block in model.transformer.h:
-        block.attn.dropout = 0.5                                    # what nanoGPT's fused attention reads
+        block.attn.dropout = 0.5                              # what nanoGPT's fused attention reads
     assert noisy(model, idx) and model.transformer.h[0].attn.attn_dropout.p == 0.5
 
 
 @pytest.mark.parametrize('positions', [{}, ALIBI, ROPE])
 @pytest.mark.parametrize('dtype', [None, torch.bfloat16])
 def test_explicit_scores_equal_the_fused_ones(positions, dtype):
-    """A hook on attn_dropout then sees the weights: (B, H, T, T), rows that sum to 1, no later key."""
+    """A hook on attn_dropout sees the weights, (B, H, T, T): rows sum to 1, without later keys."""
     model, idx = small(**positions, std=0.1), random_ids(2, 16)
     weights = []
+
+    def hook(module, x, output):
+        weights.append(output)
+
     with torch.autocast('cpu', dtype, enabled=dtype is not None):
         fused, text = all_logits(model, idx), model.generate(idx[:, :3], 9, temperature=0)
         for block in model.transformer.h:
             assert block.attn.flash is True
             block.attn.flash = False
-            block.attn.attn_dropout.register_forward_hook(lambda module, x, output: weights.append(output))
+            block.attn.attn_dropout.register_forward_hook(hook)
         explicit = all_logits(model, idx)
         shown = weights[:]
         assert torch.equal(model.generate(idx[:, :3], 9, temperature=0), text) or dtype
@@ -661,8 +675,8 @@ def wrap(model):
 
 
 @pytest.mark.parametrize('change, is_cached', [
-    (replace_blocks, False), (replace_attention, False), (patch_attention, False), (subclass, False),
-    (ignore, False), (wrap, True)])
+    (replace_blocks, False), (replace_attention, False), (patch_attention, False),
+    (subclass, False), (ignore, False), (wrap, True)])
 @pytest.mark.parametrize('prompt', [3, 20])
 def test_parts_can_be_replaced(change, is_cached, prompt):
     """They give the same loss, and generate the same text; without the cache if they take none."""
@@ -670,7 +684,8 @@ def test_parts_can_be_replaced(change, is_cached, prompt):
     loss, text = model(idx, idx)[1], model.generate(random_ids(2, prompt), 30, temperature=0)
     change(model)
     lengths = set()
-    model.transformer.wte.register_forward_hook(lambda module, inputs, output: lengths.add(inputs[0].size(1)))
+    model.transformer.wte.register_forward_hook(
+        lambda module, inputs, output: lengths.add(inputs[0].size(1)))
     assert torch.equal(model.eval().generate(random_ids(2, prompt), 30, temperature=0), text)
     assert (1 in lengths) == (is_cached and prompt == 3)
     assert model(idx, idx)[1] == loss
@@ -716,12 +731,14 @@ def test_an_exported_program_serves_any_batch_and_length(positions):
     """Up to block_size with learned positions, else beyond it."""
     model = small(**positions)
     sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    program = torch.export.export(model, (random_ids(2, 8),), dynamic_shapes={'idx': sizes}).module()
+    exported = torch.export.export(model, (random_ids(2, 8),), dynamic_shapes={'idx': sizes})
+    program = exported.module()
     for B in (1, 3):
         for T in (1, 7, 16, 300) if positions else (1, 7, 16):
             idx = random_ids(B, T)
             logits, _ = program(idx)
-            torch.testing.assert_close(logits[:, 0], all_logits(model, idx)[:, -1], rtol=0, atol=1e-5)
+            expected = all_logits(model, idx)[:, -1]
+            torch.testing.assert_close(logits[:, 0], expected, rtol=0, atol=1e-5)
     if not positions:
         with pytest.raises((AssertionError, RuntimeError), match='<= 16'):
             program(random_ids(1, 17))

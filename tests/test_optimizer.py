@@ -42,7 +42,7 @@ def give_gradients(params, seed):
 @pytest.mark.parametrize('shape', [(64, 64), (256, 64), (64, 256), (48, 64), (64, 48), (9, 300)])
 @pytest.mark.parametrize('has_bf16, precision', [(False, 1e-5), (True, 0.1)])
 def test_orthogonalize(monkeypatch, shape, has_bf16, precision):
-    """Singular values down to 1/200 of the largest end near 1, by the polynomials in their plain form."""
+    """Singular values down to 1/200 of the largest end near 1, as by the plain polynomials."""
     monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: has_bf16)
     G = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1))
     U, _, Vh = torch.linalg.svd(G.double(), full_matrices=False)
@@ -59,7 +59,7 @@ def test_orthogonalize(monkeypatch, shape, has_bf16, precision):
 
 # the update, against PyTorch's
 
-@pytest.mark.skipif(not hasattr(torch.optim, 'Muon'), reason="torch.optim.Muon came with PyTorch 2.9")
+@pytest.mark.skipif(not hasattr(torch.optim, 'Muon'), reason="needs PyTorch 2.9: torch.optim.Muon")
 def test_muon_is_torch_optim_muon_within_bfloat16(monkeypatch):
     """With the coefficients of Jordan et al. in each step, as it has."""
     monkeypatch.setattr(module, 'POLAR_EXPRESS', [(3.4445, -4.7750, 2.0315)] * 5)
@@ -74,7 +74,7 @@ def test_muon_is_torch_optim_muon_within_bfloat16(monkeypatch):
         give_gradients(ours, iteration)
         for p, g in zip(theirs, [p.grad for p in ours[:4]] + list(ours[4].grad.chunk(3))):
             p.grad = g.clone()
-        with torch.no_grad():                                       # from equal weights: errors do not add up
+        with torch.no_grad():                             # from equal weights: errors do not add up
             for p, old in zip(ours, before[:4] + [torch.cat(before[4:])]):
                 p.copy_(old)
         for optimizer in optimizers:
@@ -119,7 +119,7 @@ def test_parameters_without_a_gradient_stay():
 
 @pytest.mark.parametrize('device', ['cpu', 'cuda'])
 def test_no_step_reads_a_tensor(device):
-    """Fake tensors have no values, so a step that waits for one raises; fake CUDA tensors need no GPU."""
+    """Fake tensors have no values: a step that waits for one raises. Fake CUDA needs no GPU."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     with FakeTensorMode():
         shapes = (96, 32), (32, 99), (32,)
@@ -148,7 +148,7 @@ def test_loaded_step_counts_go_where_the_parameters_are():
 
 @pytest.mark.parametrize('world_size', [2, 3, 8])
 def test_sharded_is_the_optimizer_to_the_bit(monkeypatch, world_size):
-    """Each process loads its rows of a state and updates them: together they are the whole optimizer's."""
+    """Each process loads and updates its rows: together they are the whole optimizer's."""
     monkeypatch.setattr(module.dist, 'broadcast', lambda part, rank: None)
     params, whole = mixed()
     give_gradients(params, 0)
@@ -215,8 +215,10 @@ def test_muon_takes_the_matrices_of_the_blocks():
     q_k_v, others, decayed, vectors = [[names[p] for p in group['params']] for group in groups]
     blocks = [f'transformer.h.{i}.' for i in range(2)]
     assert q_k_v == [block + 'attn.c_attn.weight' for block in blocks]
-    matrices = [block + name for block in blocks for name in ('attn.c_proj', 'mlp.c_fc', 'mlp.c_proj')]
-    assert sorted(others) == [f'{name}.weight' for name in sorted([*matrices, 'transformer.h.1.attn.gate'])]
+    matrices = [block + name for block in blocks
+                for name in ('attn.c_proj', 'mlp.c_fc', 'mlp.c_proj')]
+    matrices.append('transformer.h.1.attn.gate')
+    assert sorted(others) == [f'{name}.weight' for name in sorted(matrices)]
     assert decayed == ['transformer.wte.weight', 'transformer.wpe.weight']
     assert sorted(q_k_v + others + decayed + vectors) == sorted(names.values())
     assert [group['stacked'] for group in groups[:2]] == [3, 1]
@@ -228,7 +230,8 @@ def test_muon_takes_the_matrices_of_the_blocks():
 def test_normuon_is_its_paper_in_float64():
     """Its algorithm 1 (Li et al. 2025, arXiv 2510.05491), but with the norm of Muon's update."""
     params, means, buffers = matrices()[3:], [0, 0], [0, 0]
-    optimizer = Muon([muon_group(params[:1], beta2=0.9), muon_group(params[1:], stacked=3, beta2=0.9)])
+    optimizer = Muon([muon_group(params[:1], beta2=0.9),
+                      muon_group(params[1:], stacked=3, beta2=0.9)])
     for iteration in range(3):
         give_gradients(params, iteration)
         before = [p.detach().clone() for p in params]
@@ -236,7 +239,8 @@ def test_normuon_is_its_paper_in_float64():
         for i, (p, old) in enumerate(zip(params, before)):
             buffers[i] = 0.95 * buffers[i] + 0.05 * p.grad
             mixed = 0.95 * buffers[i] + 0.05 * p.grad
-            rows = torch.cat([orthogonalize(part[None])[0] for part in mixed.chunk([1, 3][i])]).double()
+            parts = mixed.chunk([1, 3][i])
+            rows = torch.cat([orthogonalize(part[None])[0] for part in parts]).double()
             means[i] = 0.9 * means[i] + 0.1 * (rows ** 2).mean(dim=1)
             expected = torch.stack([row / mean.sqrt() for row, mean in zip(rows, means[i])])
             expected *= (rows ** 2).sum().sqrt() / (expected ** 2).sum().sqrt()

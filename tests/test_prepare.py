@@ -1,4 +1,7 @@
-"""data/prepare_text.py and the small data sets' prepare.py, as a user runs them, on good and bad input."""
+"""data/prepare_text.py and the small data sets' prepare.py, run as a user does.
+
+The input is good or bad.
+"""
 import hashlib
 import pickle
 import runpy
@@ -7,8 +10,10 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import REPO, environment, error_line, run_script, tiny
+from conftest import REPO, data_files, error_line, run_script, tiny
 from prepare_text import char_meta, write_splits
+from processes import environment
+from systems import needs_links
 
 SHAKESPEARE = 'data/shakespeare_char/prepare.py'
 FILES = ['meta.pkl', 'train.bin', 'val.bin']
@@ -18,17 +23,14 @@ def prepare_text(folder, *options, dataset='mine', **how):
     return run_script(folder, 'data/prepare_text.py', *options, f'--dataset={dataset}', **how)
 
 
-def files(folder):
-    return sorted({path.name for path in folder.iterdir()} - {'prepare.py', '__pycache__'})
-
-
 def read_meta(folder):
     return pickle.loads((folder / 'meta.pkl').read_bytes())
 
 
 def read_text(folder, dtype='<u2'):
     """The text of a data set of characters."""
-    ids = np.concatenate([np.fromfile(folder / f'{split}.bin', dtype=dtype) for split in ('train', 'val')])
+    splits = [folder / f'{split}.bin' for split in ('train', 'val')]
+    ids = np.concatenate([np.fromfile(split, dtype=dtype) for split in splits])
     itos = read_meta(folder)['itos']
     return ''.join(itos[i] for i in ids.tolist())
 
@@ -47,23 +49,26 @@ def test_splits_of_characters(tmp_path, n_chars, dtype):
 def test_an_interruption_leaves_no_train_bin(tmp_path):
     """Neither the old one, which would not fit the new meta.pkl, nor half of the new one."""
     write_splits(tmp_path, 'abc' * 100, char_meta('abc'))
-    assert files(tmp_path) == FILES
+    assert data_files(tmp_path) == FILES
     (tmp_path / 'train.bin.tmp').mkdir()  # it can't be opened
     with pytest.raises(OSError):
         write_splits(tmp_path, 'abcd' * 100, char_meta('abcd'))
-    assert files(tmp_path) == ['meta.pkl', 'train.bin.tmp', 'val.bin']
+    assert data_files(tmp_path) == ['meta.pkl', 'train.bin.tmp', 'val.bin']
 
 
 def test_your_own_text(fresh, bpe_files):
-    """First its characters, then GPT-2's tokens, to which the old meta.pkl would give a wrong meaning."""
+    """First its characters, then GPT-2's tokens, for which the old meta.pkl would be wrong."""
     text = "naïve “quotes”, 日本\n" * 80
-    (fresh / 'my.txt').write_bytes(b'\xef\xbb\xbf' + text.replace('\n', '\r\n').encode())   # as on Windows
+    as_on_windows = b'\xef\xbb\xbf' + text.replace('\n', '\r\n').encode()
+    (fresh / 'my.txt').write_bytes(as_on_windows)
     assert f'{int(0.9 * len(text)):,} train tokens' in prepare_text(fresh, 'my.txt')
-    assert read_text(fresh / 'data/mine') == text and files(fresh / 'data/mine') == FILES
+    assert read_text(fresh / 'data/mine') == text
+    assert data_files(fresh / 'data/mine') == FILES
     prepare_text(fresh, 'my.txt', '--bpe', env=bpe_files)
-    assert files(fresh / 'data/mine') == ['train.bin', 'val.bin']
+    assert data_files(fresh / 'data/mine') == ['train.bin', 'val.bin']
 
 
+@needs_links
 def test_data_sets_on_another_disk(fresh, tmp_path):
     """Their folders are moved there, with a link in data/."""
     for name in ('mine', 'pydocs_char'):
@@ -77,7 +82,8 @@ def test_data_sets_on_another_disk(fresh, tmp_path):
     prepare_text(fresh, 'my.txt')
     run_script(fresh, 'data/pydocs_char/prepare.py')
     for name in ('mine', 'pydocs_char'):
-        assert (fresh / 'data' / name).is_symlink() and files(tmp_path / f'disk-{name}') == FILES
+        assert (fresh / 'data' / name).is_symlink()
+        assert data_files(tmp_path / f'disk-{name}') == FILES
     run_script(fresh, 'train.py', *tiny(dataset='mine', max_iters=2, out_dir=tmp_path / 'out'))
     output = run_script(fresh, 'eval.py', tmp_path / 'out', '--device=cpu')
     assert 'text: data/mine/val.bin' in output
@@ -90,28 +96,31 @@ def test_several_files_a_folder_and_stdin(fresh):
     (fresh / 'last').write_text('last')
     command = [sys.executable, 'data/prepare_text.py', '-', 'texts', 'last', '--dataset=mine']
     subprocess.run(command, cwd=fresh, input=b'first' * 200, check=True, env=environment())
-    assert read_text(fresh / 'data/mine') == '\n'.join(['first' * 200, 'a.txt' * 200, 'b.txt' * 200, 'last'])
+    texts = ['first' * 200, 'a.txt' * 200, 'b.txt' * 200, 'last']
+    assert read_text(fresh / 'data/mine') == '\n'.join(texts)
 
 
 def test_the_vocabulary_of_another_data_set_to_finetune_on(fresh, tmp_path):
-    for name, text in (('base', 'abcdef\n' * 500), ('new', 'fed\n' * 500), ('other', 'fedx\n' * 500)):
-        (fresh / f'{name}.txt').write_text(text)
+    for name, line in (('base', 'abcdef\n'), ('new', 'fed\n'), ('other', 'fedx\n')):
+        (fresh / f'{name}.txt').write_text(line * 500)
     prepare_text(fresh, 'base.txt', dataset='base')
     prepare_text(fresh, 'new.txt', '--vocab_of=base')
     assert read_meta(fresh / 'data/mine') == read_meta(fresh / 'data/base')
     run_script(fresh, 'train.py', *tiny(dataset='base', out_dir=tmp_path / 'base'))
     options = tiny(dataset='mine', init_from=tmp_path / 'base', out_dir=tmp_path / 'mine')
     assert 'done: 20 iterations' in run_script(fresh, 'train.py', *options)
-    assert "'x'" in error_line(prepare_text(fresh, 'other.txt', '--vocab_of=base', status=1))
-    assert 'no data/none/meta.pkl' in error_line(prepare_text(fresh, 'new.txt', '--vocab_of=none', status=1))
-    assert read_text(fresh / 'data/mine') == 'fed\n' * 500, "a mistake leaves the data set as it was"
+    for name, vocab_of, words in (('other', 'base', "'x'"), ('new', 'none', 'data/none/meta.pkl')):
+        output = prepare_text(fresh, f'{name}.txt', f'--vocab_of={vocab_of}', status=1)
+        assert words in error_line(output)
+    assert read_text(fresh / 'data/mine') == 'fed\n' * 500          # as it was
 
 
 @pytest.mark.parametrize('content, name, words', [
     (b'', 'mine', 'my.txt: only 0 characters'), (None, 'mine', "my.txt can't be read"),
-    (b'caf\xe9', 'mine', "my.txt can't be read as UTF-8: 'utf-8' codec can't decode byte 0xe9"),
+    (b'caf\xe9', 'mine', "my.txt can't be read as UTF-8: "),
     (b'text ' * 200, 'pydocs_char', 'has a prepare.py of its own'),
-    *[(b'text ' * 200, name, 'is the name of a folder in data/') for name in ('a/mine', '..', '', '/tmp')]])
+    *[(b'text ' * 200, name, 'is the name of a folder in data/')
+      for name in ('a/mine', '..', '', '/tmp')]])
 def test_what_is_no_text_of_your_own(fresh, content, name, words):
     def folders():
         return sorted(path for path in fresh.glob('data/*') if path.name != '__pycache__')
@@ -143,29 +152,35 @@ def test_modules_that_are_no_tests_and_ascii_in_an_order_of_their_own(tmp_path):
     ('shakespeare_char', '1,003,854', '111,540', [18, 47]),
     ('shakespeare', '301,966', '36,059', [5962, 22307])])
 def test_shakespeare_itself(fresh, bpe_files, name, n_train, n_val, ids):
-    """Where the text is at hand, beside the repository or in its folder: nanoGPT's sizes and first ids."""
-    places = REPO / 'data/shakespeare_char/input.txt', REPO.parent / 'shared/data/tinyshakespeare/input.txt'
-    text = next((path for path in places if path.exists()), None) or pytest.skip("the text is not at hand")
-    output = run_script(fresh, f'data/{name}/prepare.py', '--input', text, env=bpe_files)
+    """Where the text is at hand, in its folder or beside the repository: nanoGPT's numbers."""
+    places = (REPO / 'data/shakespeare_char/input.txt',
+              REPO.parent / 'shared/data/tinyshakespeare/input.txt')
+    found = [path for path in places if path.exists()]
+    if not found:
+        pytest.skip("needs tiny Shakespeare: data/shakespeare_char/input.txt")
+    output = run_script(fresh, f'data/{name}/prepare.py', '--input', found[0], env=bpe_files)
     assert f'{n_train} train tokens' in output and f'{n_val} val tokens' in output
     assert np.fromfile(fresh / f'data/{name}/train.bin', dtype='<u2', count=2).tolist() == ids
 
 
 def change(folder, url, sha256=''):
     """Let the Shakespeare script expect another text, from another address."""
-    before, start, after = (folder / SHAKESPEARE).read_text().partition('def load_text')
-    (folder / SHAKESPEARE).write_text(f'{before}URL, SHA256 = {url!r}, {sha256!r}\n{start}{after}')
+    script = (folder / SHAKESPEARE).read_text(encoding='utf-8')
+    before, start, after = script.partition('def load_text')
+    changed = f'{before}URL, SHA256 = {url!r}, {sha256!r}\n{start}{after}'
+    (folder / SHAKESPEARE).write_text(changed, encoding='utf-8')
 
 
 @pytest.mark.parametrize('url, options, words', [
-    ('http://127.0.0.1:9/', ['--timeout=5'], ['http://127.0.0.1:9/', '--input FILE', 'data/pydocs_char']),
-    (REPO.joinpath('LICENSE').as_uri(), [], ['LICENSE is not tiny Shakespeare', 'prepare_text.py']),
+    ('http://127.0.0.1:9/', ['--timeout=5'],
+     ['http://127.0.0.1:9/', '--input FILE', 'data/pydocs_char']),
+    (REPO.joinpath('LICENSE').as_uri(), [], ['LICENSE is not', 'prepare_text.py']),
     ('', ['--input', 'nowhere.txt'], ['nowhere.txt'])])
 def test_no_shakespeare(fresh, url, options, words):
     change(fresh, url)
     line = error_line(run_script(fresh, SHAKESPEARE, *options, status=1))
     assert all(word in line for word in words), line
-    assert files(fresh / 'data/shakespeare_char') == []
+    assert data_files(fresh / 'data/shakespeare_char') == []
 
 
 def test_the_advice_fits_the_data_set(fresh):
@@ -191,11 +206,11 @@ def test_no_hugging_face(fresh, bpe_files, tmp_path, command, words):
 def test_shakespeare_download(fresh, tmp_path):
     """Of a stand-in for the real text, from its checksum on."""
     text = 'First Citizen:\nSpeak, speak.\n' * 1000
-    (tmp_path / 'download').write_text(text)
+    (tmp_path / 'download').write_bytes(text.encode())              # no \r on Windows
     change(fresh, (tmp_path / 'download').as_uri(), hashlib.sha256(text.encode()).hexdigest())
     run_script(fresh, SHAKESPEARE)
-    assert files(fresh / 'data/shakespeare_char') == ['input.txt', *FILES]
-    assert (fresh / 'data/shakespeare_char/input.txt').read_text() == text
+    assert data_files(fresh / 'data/shakespeare_char') == ['input.txt', *FILES]
+    assert (fresh / 'data/shakespeare_char/input.txt').read_bytes() == text.encode()
     (tmp_path / 'download').unlink()
     run_script(fresh, SHAKESPEARE)  # again, from the file that it kept
     assert read_text(fresh / 'data/shakespeare_char') == text

@@ -1,4 +1,7 @@
-"""Rotary positions against Llama's, under autocast, compiled; test_model.py has them against a naive loop."""
+"""Rotary positions against Llama's, under autocast, compiled.
+
+test_model.py has them against a naive loop.
+"""
 import pytest
 import torch
 from small_models import all_logits, random_ids, small
@@ -31,7 +34,7 @@ def test_angles_are_computed_in_float32_under_autocast(dtype):
             assert ours.dtype == torch.float32 and torch.equal(ours, expected)
     x = torch.randn(10, 8, generator=torch.Generator().manual_seed(0))
     rotated = rotate(x, *exact).to(dtype)
-    rounded = [angle.to(dtype) for angle in exact]                  # as GPT.locate() rounds them, once
+    rounded = [angle.to(dtype) for angle in exact]               # as GPT.locate() rounds them, once
     torch.testing.assert_close(rotate(x.to(dtype), *rounded), rotated, rtol=0, atol=3e-2)
 
 

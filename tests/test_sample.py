@@ -1,11 +1,12 @@
+"""sample.py: what it prints for prompts and settings, and its mistakes."""
 import shutil
 
 import numpy as np
 import pytest
 import torch
 from conftest import VOCAB_SIZE, arguments, error_line, run_script, tiny
-from test_checkpoint import make_state
-from test_model import small
+from small_models import make_state, small
+from systems import with_slashes
 
 import checkpoint
 
@@ -18,21 +19,25 @@ def trained(checkout, tmp_path_factory):
     return out_dir
 
 
-def sample(checkout, out_dir, *options, **settings):
+def sample(checkout, out_dir, only_stdout=True, **settings):
+    """The output of sample.py."""
     settings = dict(num_samples=2, max_new_tokens=40, device='cpu') | settings
-    return run_script(checkout, 'sample.py', out_dir, *options, *arguments(**settings))
+    command = ['sample.py', out_dir, *arguments(**settings)]
+    return run_script(checkout, *command, only_stdout=only_stdout)
 
 
 def texts(output):
-    """The samples that sample.py printed."""
-    return output.split('\n', 1)[1].split('\n---------------\n')[:-1]
+    """The samples in what sample.py printed to stdout."""
+    return output.split('\n---------------\n')[:-1]
 
 
 def test_samples(checkout, trained):
-    output = sample(checkout, trained)
-    assert output.startswith(f'{trained}/ckpt.pt, 0.03M parameters; cpu')
-    first, second = texts(output)
-    assert len(first) == len(second) == 41 and first[0] == second[0] == '\n' and first != second
+    output = with_slashes(sample(checkout, trained, only_stdout=False))
+    assert f'{trained.as_posix()}/ckpt.pt, 0.03M parameters; cpu' in output
+    first, second = texts(sample(checkout, trained))
+    assert len(first) == len(second) == 41
+    assert first[0] == second[0] == '\n'
+    assert first != second
     for options in ({}, dict(num_samples=3), dict(stream=True)):
         assert texts(sample(checkout, trained, **options))[:2] == [first, second]
     assert texts(sample(checkout, trained, seed=1)) != [first, second]
@@ -44,7 +49,8 @@ def test_weights_that_are_cast_once_write_what_autocast_writes(checkout, trained
     with torch.autocast('cpu', torch.bfloat16):
         ids = model.generate(idx, 40, temperature=0, vocab_size=VOCAB_SIZE)[0].tolist()
     expected = ''.join(state['meta']['itos'][i] for i in ids)
-    assert texts(sample(checkout, trained, dtype='bfloat16', temperature=0, num_samples=1)) == [expected]
+    output = sample(checkout, trained, dtype='bfloat16', temperature=0, num_samples=1)
+    assert texts(output) == [expected]
 
 
 def test_ways_to_name_a_run(checkout, trained, tmp_path):
@@ -72,7 +78,9 @@ def test_prompts(checkout, trained, tmp_path):
     long = 'to be or not ' * 20                                     # more than block_size
     for start, expected in (('1+1=', '1+1='), ('"1 2"', '1 2'), (long, long),
                             (f'FILE:{tmp_path}/prompt.txt', 'The “assert”')):
-        assert all(text.startswith(expected) for text in texts(sample(checkout, trained, start=start)))
+        found = texts(sample(checkout, trained, start=start))
+        assert len(found) == 2
+        assert all(text.startswith(expected) for text in found)
 
 
 def test_greedy_and_stop(checkout, trained):
@@ -90,8 +98,8 @@ def test_greedy_and_stop(checkout, trained):
     ('--start=', ['start', 'at least one']),
     ('--start=FILE:nothing.txt', ['FILE:nothing.txt', 'no such file']),
     ('--stop=ab', ['stop', '2']),
-    ('--init_from=nowhere', ['give one model, not', 'nowhere']),
-    ('be', ['give one model, not be and', 'quotes: --start=']),
+    ('--init_from=nowhere', ['one model', 'nowhere']),
+    ('be', ['one model', 'not be and', '--start=']),
 ])
 def test_a_mistake_gives_one_line(checkout, trained, option, words):
     line = error_line(run_script(checkout, 'sample.py', f'--out_dir={trained}', option, status=1))
@@ -101,26 +109,29 @@ def test_a_mistake_gives_one_line(checkout, trained, option, words):
 def test_a_run_that_is_not_there_is_told_which_are(checkout, tmp_path):
     for script in checkout.glob('*.py'):
         shutil.copy(script, tmp_path)
-    assert error_line(run_script(tmp_path, 'sample.py', status=1)).endswith('in out: train a model first')
+    line = error_line(run_script(tmp_path, 'sample.py', status=1))
+    assert ' in out: ' in line and 'train' in line
     for name in ('out-a', 'out-b'):
         (tmp_path / name).mkdir()
         (tmp_path / name / 'ckpt.pt').touch()
     line = error_line(run_script(tmp_path, 'sample.py', '--out_dir=nowhere', status=1))
-    assert line == 'error: no ckpt.pt or last.pt in nowhere: the runs here are out-a, out-b'
+    assert line.startswith('error: no ckpt.pt or last.pt in nowhere: ')
+    assert line.endswith(' out-a, out-b')
 
 
 def test_config_py_names_the_run_that_it_stands_in(checkout, trained):
-    expected, found = (sample(checkout, name).partition('processes: 1\n')[2]
-                       for name in (trained, trained / 'config.py'))
-    assert found == expected != ''
+    expected, found = (texts(sample(checkout, name)) for name in (trained, trained / 'config.py'))
+    assert found == expected != []
 
 
 def test_ids_beyond_the_tokenizers_are_not_sampled(checkout, tmp_path):
     """As with GPT-2's 50257 ids in a model padded to 50304: here 5 of 64."""
-    meta = {'vocab_size': 64, 'stoi': {d: i for i, d in enumerate('01234')}, 'itos': dict(enumerate('01234'))}
+    meta = {'vocab_size': 64, 'itos': dict(enumerate('01234')),
+            'stoi': {digit: i for i, digit in enumerate('01234')}}
     torch.save(make_state(small(vocab_size=64), meta=meta), tmp_path / 'ckpt.pt')
     drawn = texts(sample(checkout, tmp_path, start='123', max_new_tokens=50))
-    assert [len(text) for text in drawn] == [53, 53] and set(''.join(drawn)) == set('01234')
+    assert [len(text) for text in drawn] == [53, 53]
+    assert set(''.join(drawn)) == set('01234')
 
 
 def test_ids_without_text(run_train, checkout):
@@ -132,4 +143,5 @@ def test_ids_without_text(run_train, checkout):
         (np.arange(200, dtype='<u4') + 69000).tofile(folder / f'{split}.bin')
     out_dir = run_train(dataset='ids', max_iters=1)
     found = texts(sample(checkout, out_dir, start='IDS:69001,69002', max_new_tokens=3))[0].split()
-    assert len(found) == 5 and found[:2] == ['69001', '69002'] and all(int(i) < 70000 for i in found)
+    assert len(found) == 5 and found[:2] == ['69001', '69002']
+    assert all(int(i) < 70000 for i in found)

@@ -1,4 +1,4 @@
-"""examples/slurm.sh on one machine, with stand-ins for Slurm's commands that start the nodes here."""
+"""examples/slurm.sh on one machine, with stand-ins for Slurm's commands that start nodes here."""
 import os
 import signal
 import subprocess
@@ -7,16 +7,16 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import REPO, environment, load_state, tiny
-from test_faults import children, read_until
+from conftest import REPO, load_state, tiny
+from processes import HANG, children, environment, read_until
+from systems import needs_linux, needs_posix
 
 SCRIPT = REPO / 'examples/slurm.sh'
 JOB_ID = str(os.getpid())  # on which the port depends
-WARNING = signal.SIGUSR1  # before the time limit, to the shell alone
 REQUEUE = f'scontrol requeue {JOB_ID}\n'
 
-# As in srun's source (src/srun/libsrun/srun_job.c): it passes SIGUSR1 on to each process of each node, but
-# kills them all on SIGTERM.
+# As in srun's source (src/srun/libsrun/srun_job.c): it passes SIGUSR1 on to each process of each
+# node, but kills them all on SIGTERM.
 SRUN = """
 import os, signal, subprocess, sys
 from pathlib import Path
@@ -49,7 +49,8 @@ def start_job(folder, cwd, *args, srun=SRUN, restarts=0):
     """Start a job as Slurm does: examples/slurm.sh with two nodes of a process each."""
     commands = folder / 'bin'
     commands.mkdir(exist_ok=True)
-    for name, code in (('srun', f'#!{sys.executable}\n{srun}'), ('scontrol', f'#!/bin/sh\n{SCONTROL}\n')):
+    for name, code in (('srun', f'#!{sys.executable}\n{srun}'),
+                       ('scontrol', f'#!/bin/sh\n{SCONTROL}\n')):
         (commands / name).write_text(code)
         (commands / name).chmod(0o755)
     path = f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -58,8 +59,13 @@ def start_job(folder, cwd, *args, srun=SRUN, restarts=0):
         SLURM_JOB_NODELIST='node[1-2]', SLURM_GPUS_ON_NODE='1', SLURM_CPUS_PER_TASK='1')
     if restarts:                                                # Slurm does not set it at first
         env['SLURM_RESTART_COUNT'] = str(restarts)
-    return subprocess.Popen(['bash', SCRIPT, *args], cwd=cwd, env=env, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT)
+    return subprocess.Popen(['bash', SCRIPT, *args], cwd=cwd, env=env, encoding='utf-8',
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def warn(job):
+    """Warn the shell alone, as Slurm does before the time limit."""
+    job.send_signal(signal.SIGUSR1)
 
 
 WAITING_SRUN = """
@@ -76,30 +82,38 @@ sys.exit({status})
 
 @pytest.mark.parametrize('words, srun_status, status, is_queued', [
     (['ready'], 1, 0, True),                                        # torchrun's after a stop
-    (['ready', 'saving'], 1, 0, True),                              # warned again, it waits for the save
+    (['ready', 'saving'], 1, 0, True),                         # warned again, it waits for the save
     (['ready'], 0, 0, False),                                       # the run was done by then
-    ([], 3, 3, False),                                              # it failed, and would fail again
+    ([], 3, 3, False),                                             # it failed, and would fail again
 ])
-def test_only_a_run_that_was_stopped_is_queued_again(tmp_path, words, srun_status, status, is_queued):
+@needs_posix('bash and SIGUSR1')
+def test_only_a_run_that_was_stopped_is_queued_again(
+        tmp_path, words, srun_status, status, is_queued):
     """srun says each word and waits for a signal."""
+    begin = time.monotonic()
     job = start_job(tmp_path, tmp_path, srun=WAITING_SRUN.format(words=words, status=srun_status))
     for word in words:
         read_until(job, word)
-        time.sleep(0.3)                                             # for the shell to wait again
-        job.send_signal(WARNING)
-    output, _ = job.communicate(timeout=90)
+        time.sleep(0.2 + time.monotonic() - begin)                  # for the shell to wait again
+        warn(job)
+    output, _ = job.communicate(timeout=HANG)
     assert (job.returncode, output) == (status, 'saved\n' + REQUEUE * is_queued)
 
 
 @pytest.mark.slow
+@needs_linux('/proc')
 def test_a_job_saves_queues_itself_again_and_resumes(checkout, tmp_path):
-    """The first job gets the signal. In the second, from the same command, a process is killed as well."""
+    """The first job gets the signal.
+
+    In the second, from the same command, a process is killed as well.
+    """
     out_dir = tmp_path / 'out'
-    command = tiny(max_iters=1000, eval_interval=500, save_interval=100, init_from='scratch', out_dir=out_dir)
+    command = tiny(max_iters=1000, eval_interval=500, save_interval=100, init_from='scratch',
+                   out_dir=out_dir)
     job = start_job(tmp_path, checkout, *command)
     assert 'processes: 2' in read_until(job, 'iter 120:')
-    job.send_signal(WARNING)
-    output, _ = job.communicate(timeout=90)
+    warn(job)
+    output, _ = job.communicate(timeout=HANG)
     reached = load_state(out_dir)['iter_num']
     assert f'interrupted at iteration {reached}' in output and REQUEUE in output, output
     assert job.returncode == 0
@@ -107,12 +121,14 @@ def test_a_job_saves_queues_itself_again_and_resumes(checkout, tmp_path):
     job = start_job(tmp_path, checkout, *command, restarts=1)
     read_until(job, f'resuming from {out_dir}/last.pt at iteration {reached}')
     read_until(job, 'iter 310:')
-    # kill the process of one node; the other must not notice before its torchrun, which counts no restart
+    # Kill the process of one node. The other node's process must not notice before its torchrun
+    # does, which then counts no restart.
     stopped, killed = [children(torchrun)[0] for torchrun in children(children(job.pid)[0])]
     os.kill(stopped, signal.SIGSTOP)
     os.kill(killed, signal.SIGKILL)
     read_until(job, f'Sending process {stopped} closing signal')
     os.kill(stopped, signal.SIGCONT)
     read_until(job, 'resuming from')
-    output, _ = job.communicate(timeout=90)
-    assert job.returncode == 0 and 'done: 1000 iterations' in output and REQUEUE not in output, output
+    output, _ = job.communicate(timeout=HANG)
+    assert job.returncode == 0, output
+    assert 'done: 1000 iterations' in output and REQUEUE not in output, output

@@ -1,4 +1,7 @@
-"""Where a run starts: new, continued, taken back or branched off. No run touches another's files."""
+"""Where a run starts: new, continued, taken back or branched off.
+
+No run touches another's files.
+"""
 import os
 import signal
 from types import SimpleNamespace
@@ -6,11 +9,21 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import evaluations, load_state, losses, read_metrics, run_script, tiny, weights
+from conftest import (
+    evaluations,
+    load_state,
+    losses,
+    read_metrics,
+    refused,
+    run_script,
+    tiny,
+    torchrun,
+    weights,
+)
+from systems import with_slashes
 
 import start
 import train
-from configurator import UserError
 from start import Origin
 
 
@@ -56,7 +69,8 @@ def decide(tmp_path, monkeypatch):
     ('run', dict(resume_from='other/last.pt', auto_resume=True), ('continue', 'run/last.pt')),
 ])
 def test_the_settings_and_the_folder_decide(decide, out_dir, settings, expected):
-    assert decide(out_dir, **settings) == Origin(*expected)
+    kind, source = decide(out_dir, **settings)
+    assert Origin(kind, with_slashes(source)) == Origin(*expected)
 
 
 @pytest.mark.parametrize('out_dir, settings, words', [
@@ -72,7 +86,7 @@ def test_the_settings_and_the_folder_decide(decide, out_dir, settings, expected)
 def test_a_contradiction_is_one_line(decide, out_dir, settings, words):
     (start.Path('out-here')).mkdir()
     (start.Path('out-here') / 'ckpt.pt').touch()
-    with pytest.raises(UserError, match=words):
+    with refused(words):
         decide(out_dir, **settings)
     assert not os.path.exists('nowhere')
 
@@ -84,11 +98,12 @@ def test_auto_resume_starts_a_run_and_goes_on_with_it(run_train, capsys):
     run_train('parts', auto_resume=True, max_iters=10)
     assert 'resuming' not in capsys.readouterr().out
     parts = run_train('parts', auto_resume=True)
-    assert f'resuming from {parts}/last.pt at iteration 10' in capsys.readouterr().out
+    output = with_slashes(capsys.readouterr().out)
+    assert f'resuming from {parts.as_posix()}/last.pt at iteration 10' in output
     assert weights(whole) == weights(parts) and not (parts / 'previous').exists()
-    for settings, words in ((dict(optimizer='muon'), 'was trained with optimizer=adamw'),
-                            (dict(use_rope=True), "use_rope=True does not fit weights .* without it")):
-        with pytest.raises(UserError, match=words):
+    for settings, words in ((dict(optimizer='muon'), 'optimizer=adamw'),
+                            (dict(use_rope=True), 'use_rope=True does not fit')):
+        with refused(words):
             run_train('parts', auto_resume=True, **settings)
 
 
@@ -101,13 +116,13 @@ def test_a_start_from_weights_is_not_forgotten(run_train, monkeypatch):
         run_train('new', **options)
     new = run_train('new', **options)
     assert evaluations(new)[0]['val_loss'] == evaluations(source)[-1]['val_loss']
-    config = (new / 'config.py').read_text()
-    assert f"init_from = '{source}'" in config
+    config = (new / 'config.py').read_text(encoding='utf-8')
+    assert f"init_from = {str(source)!r}" in config
     assert 'auto_resume = False' in config and "resume_from = ''" in config
 
 
 def test_an_evaluation_is_made_once(run_train, monkeypatch):
-    """At the end of a run, and at an evaluation in its middle; not where a signal came during it."""
+    """At the end of a run and in its middle, but not where a signal came during it."""
     out_dir = run_train(max_iters=10)
     count = Mock(side_effect=train.evaluate)
     monkeypatch.setattr(train, 'evaluate', count)
@@ -128,7 +143,7 @@ def test_going_on_longer_needs_a_longer_schedule(run_train):
     options = dict(min_lr=0.0)
     out_dir = run_train(**options)
     before = files(out_dir)
-    with pytest.raises(UserError, match='0 from iteration lr_decay_iters=20 on, but max_iters=40: set both'):
+    with refused('lr_decay_iters=20 .*max_iters=40'):
         run_train(**options, init_from='resume', max_iters=40)
     assert files(out_dir) == before
     run_train(**options, init_from='resume', max_iters=40, lr_decay_iters=40)
@@ -138,14 +153,15 @@ def test_going_on_longer_needs_a_longer_schedule(run_train):
 
 def test_a_rate_that_rises_is_told(run_train, capsys):
     run_train(learning_rate=1e-5, min_lr=1e-4, max_iters=1)
-    assert 'the learning rate rises, from 1e-05 to min_lr=0.0001: set min_lr' in capsys.readouterr().out
+    assert 'the learning rate rises, from 1e-05 to min_lr=0.0001' in capsys.readouterr().out
 
 
 def test_a_resume_with_other_epochs_says_so(run_train, capsys):
     run_train(max_iters=10, sampling='epochs')
     run_train(init_from='resume', sampling='epochs', batch_size=2)
     output = capsys.readouterr().out
-    assert '\n    batch_size 4 -> 2\n' in output and 'this epoch skips windows or repeats some' in output
+    assert '\n    batch_size 4 -> 2\n' in output
+    assert 'this epoch skips windows' in output
 
 
 def test_weights_without_an_optimizer_state(run_train):
@@ -154,7 +170,7 @@ def test_weights_without_an_optimizer_state(run_train):
     state = load_state(out_dir)
     del state['optimizer']
     torch.save(state, out_dir / 'last.pt')
-    with pytest.raises(UserError, match='last.pt has weights but no optimizer state: a new run can start'):
+    with refused('last.pt has weights but no optimizer state'):
         run_train(init_from='resume')
     new = run_train('new', init_from=str(out_dir / 'last.pt'), max_iters=1)
     assert evaluations(new)[0]['val_loss'] == evaluations(out_dir)[-1]['val_loss']
@@ -167,7 +183,7 @@ def test_a_missing_vocabulary_is_named(run_train, checkout, tmp_path):
     data.mkdir()
     for split in ('train', 'val'):
         os.link(checkout / f'data/pydocs_char/{split}.bin', data / f'{split}.bin')
-    with pytest.raises(UserError, match='data/without_meta/meta.pkl is missing: .*last.pt was trained'):
+    with refused('data/without_meta/meta.pkl is missing: .*last.pt'):
         run_train(init_from='resume', dataset='without_meta')
     assert load_state(out_dir)['iter_num'] == 10
 
@@ -181,12 +197,12 @@ def test_config_py_of_a_moved_run_means_that_run(checkout, run_train, tmp_path):
     run_train(max_iters=10, seed=2)
     run_train(max_iters=10, seed=3)
     before = files(tmp_path / 'out'), files(tmp_path / 'out/previous')
-    run_script(checkout, 'train.py', tmp_path / 'out-good/config.py', '--init_from=resume', '--max_iters=15')
+    options = ['--init_from=resume', '--max_iters=15']
+    run_script(checkout, 'train.py', tmp_path / 'out-good/config.py', *options)
     assert (files(tmp_path / 'out'), files(tmp_path / 'out/previous')) == before
     state = load_state(tmp_path / 'out-good')
     assert (state['iter_num'], state['config']['seed']) == (15, 1)
-    run_script(checkout, 'train.py', tmp_path / 'out/previous/config.py', '--init_from=resume',
-               '--max_iters=15')
+    run_script(checkout, 'train.py', tmp_path / 'out/previous/config.py', *options)
     assert files(tmp_path / 'out') == before[0]
     state = load_state(tmp_path / 'out/previous')
     assert (state['iter_num'], state['config']['seed']) == (15, 2)
@@ -205,7 +221,8 @@ def test_a_branch_is_there_from_the_beginning(run_train, monkeypatch, capsys, na
             return original(*args)
         patch.setattr(train, 'evaluate', evaluate)
         branch = run_train('branch', resume_from=str(source / name))
-    assert f'train.py {branch}/config.py --init_from=resume' in capsys.readouterr().out
+    output = with_slashes(capsys.readouterr().out)
+    assert f'train.py {branch.as_posix()}/config.py --init_from=resume' in output
     assert load_state(branch)['iter_num'] == 10
     run_train('branch', auto_resume=True, resume_from=str(source / name))
     assert weights(branch) == weights(whole)
@@ -231,13 +248,14 @@ def test_values_out_of_range_are_refused_before_anything_moves(run_train, settin
     out_dir = run_train(max_iters=2)
     before = files(out_dir)
     for more in ({}, dict(init_from='resume', max_iters=4)):
-        with pytest.raises(UserError, match=words):
+        with refused(words):
             run_train(**more | settings)
     assert files(out_dir) == before and not (out_dir / 'previous').exists()
 
 
 def test_home_is_expanded(run_train, monkeypatch, tmp_path):
     monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.setenv('USERPROFILE', str(tmp_path))                # on Windows
     run_train(out_dir='~/run', max_iters=1)
     assert (tmp_path / 'run/last.pt').exists()
 
@@ -271,8 +289,9 @@ def test_a_restart_resumes_what_its_launch_has_written(run_train, launched, caps
 
 @pytest.mark.parametrize('ids', [('none', 'none'), ('17', '18')])
 @pytest.mark.parametrize('fails', ['before the lock', 'after it'])
-def test_a_restart_does_not_take_an_older_run_for_its_own(run_train, launched, monkeypatch, fails, ids):
-    """Also if that was a launch's, and the first attempt of this one failed before or after its lock."""
+def test_a_restart_does_not_take_an_older_run_for_its_own(
+        run_train, launched, monkeypatch, fails, ids):
+    """Also if that was a launch's, and this one's first attempt failed before or after its lock."""
     launched('a', 0, ids[0])
     out_dir = run_train(max_iters=10, seed=1)
     first = weights(out_dir)
@@ -293,8 +312,7 @@ def test_a_launch_that_is_refused_leaves_an_older_run(checkout, run_train):
     out_dir = run_train(max_iters=10)
     before = files(out_dir)
     options = tiny(out_dir=out_dir, seed=2, n_embd=33, max_iters=20)
-    output = run_script(checkout, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=1',
-                        '--max-restarts=3', 'train.py', *options, status=1)
+    output = torchrun(checkout, 1, '--max-restarts=3', 'train.py', *options, status=1)
     assert 'resuming' not in output and files(out_dir) == before
 
 

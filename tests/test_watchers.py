@@ -7,18 +7,22 @@ import warnings
 from unittest.mock import Mock
 
 import pytest
-from conftest import environment, evaluations, load_state, losses, read_metrics, run_script, tiny
+from conftest import evaluations, load_state, losses, read_metrics, run_script, tiny
+from processes import environment
+from systems import needs_linux, needs_posix
 
 import checkpoint
 
 
-@pytest.mark.parametrize('reader', ['2>&1 | head -n 3', '> /dev/full', '>&-'])
+@pytest.mark.parametrize('reader', [
+    '2>&1 | head -n 3', pytest.param('> /dev/full', marks=needs_linux('/dev/full')), '>&-'])
+@needs_posix('bash')
 def test_a_run_whose_output_nobody_reads(checkout, tmp_path, reader):
     """It goes on to its end, and saves."""
     out_dir = tmp_path / 'out'
     command = shlex.join([sys.executable, 'train.py', *tiny(out_dir=out_dir)])
     done = subprocess.run(['bash', '-c', f'set -o pipefail; {command} {reader}'], cwd=checkout,
-                          env=environment(), text=True, capture_output=True)
+                          env=environment(), encoding='utf-8', capture_output=True)
     assert done.returncode == 0, done.stderr
     assert load_state(out_dir)['iter_num'] == 20 and len(read_metrics(out_dir)) == 23
     assert 'Traceback' not in done.stdout + done.stderr
@@ -29,23 +33,28 @@ def test_garbage_in_metrics_is_dropped(run_train):
     """The records around it are kept, and the resumed run adds its own."""
     whole, out_dir = run_train('whole'), run_train(max_iters=10)
     lines = (out_dir / 'metrics.jsonl').read_bytes().splitlines(keepends=True)
-    lines[5:5] = [b'no JSON\n', b'null\n', b'[1, 2]\n', b'{"loss": 1}\n', b'{"iter": null}\n', b'\xff\xfe\n']
+    lines[5:5] = [b'no JSON\n', b'null\n', b'[1, 2]\n', b'{"loss": 1}\n', b'{"iter": null}\n',
+                  b'\xff\xfe\n']
     (out_dir / 'metrics.jsonl').write_bytes(b''.join(lines) + b'{"iter": 10, "lo')
     run_train(init_from='resume')
     assert losses(out_dir) == losses(whole)
 
 
+@needs_posix('a file of such a name')
 def test_a_path_that_matplotlib_would_take_for_a_formula(run_train):
-    assert (run_train('$x_{$ ^ \\frac{', max_iters=1) / 'loss.png').read_bytes().startswith(b'\x89PNG')
+    out_dir = run_train('$x_{$ ^ \\frac{', max_iters=1)
+    assert (out_dir / 'loss.png').read_bytes().startswith(b'\x89PNG')
 
 
-@pytest.mark.parametrize('error', ['ImportError("not installed")', 'AttributeError("_ARRAY_API not found")'])
+@pytest.mark.parametrize('error', [
+    'ImportError("not installed")', 'AttributeError("_ARRAY_API not found")'])
 def test_a_run_without_matplotlib_and_transformers(checkout, tmp_path, error):
     """They are not installed, or broken, as by another NumPy than the one they were built for."""
     for name in ('matplotlib', 'transformers'):
         (tmp_path / f'{name}.py').write_text(f'raise {error}')
     out_dir = tmp_path / 'out'
-    output = run_script(checkout, 'train.py', *tiny(out_dir=out_dir), env={'PYTHONPATH': str(tmp_path)})
+    env = {'PYTHONPATH': str(tmp_path)}
+    output = run_script(checkout, 'train.py', *tiny(out_dir=out_dir), env=env)
     assert 'not logged: ' in output
     assert load_state(out_dir)['iter_num'] == 20 and not list(out_dir.glob('loss.png*'))
 

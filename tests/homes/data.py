@@ -1,4 +1,4 @@
-"""Data sets as other people's prepare.py write them: a vocabulary and how it cuts a text into ids."""
+"""Data sets as other people's prepare.py write them: each a vocabulary, and the ids of a text."""
 import pickle
 import re
 from collections import OrderedDict
@@ -12,7 +12,8 @@ def characters():
     """nanoGPT's own."""
     chars = sorted(set(TEXT))
     stoi = {c: i for i, c in enumerate(chars)}
-    return [stoi[c] for c in TEXT], {'vocab_size': len(chars), 'stoi': stoi, 'itos': dict(enumerate(chars))}
+    meta = {'vocab_size': len(chars), 'stoi': stoi, 'itos': dict(enumerate(chars))}
+    return [stoi[c] for c in TEXT], meta
 
 
 def size_alone():
@@ -47,14 +48,16 @@ def one_id_for_two():
 
 def bytes_as_keys():
     stoi = {bytes([byte]): byte for byte in range(256)}
-    return list(TEXT.encode()), {'vocab_size': 256, 'stoi': stoi, 'itos': {i: s for s, i in stoi.items()}}
+    itos = {i: s for s, i in stoi.items()}
+    return list(TEXT.encode()), {'vocab_size': 256, 'stoi': stoi, 'itos': itos}
 
 
 def words():
     """Words, and what stands between them."""
     pieces = re.findall(r'\w+|\W', TEXT)
     stoi = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
-    return [stoi[piece] for piece in pieces], {'stoi': stoi, 'itos': {i: s for s, i in stoi.items()}}
+    itos = {i: s for s, i in stoi.items()}
+    return [stoi[piece] for piece in pieces], {'stoi': stoi, 'itos': itos}
 
 
 def large():
