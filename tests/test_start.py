@@ -298,7 +298,7 @@ def test_a_restart_does_not_take_an_older_run_for_its_own(
     launched('b', 0, ids[1])
     if fails == 'after it':
         with monkeypatch.context() as patch, pytest.raises(MemoryError):
-            patch.setattr(start, 'load', Mock(side_effect=MemoryError))
+            patch.setattr(start, 'load_origin', Mock(side_effect=MemoryError))
             run_train(seed=2, n_embd=64)
     launched('b', 1, ids[1])
     run_train(seed=2, n_embd=64)
