@@ -18,16 +18,18 @@ export PYTHONUNBUFFERED=1  # strike() waits for lines of a log
 long=--block_size=4096      # beside GPT-2's 1024
 dataset=shakespeare_char device=cuda train_sizes='' bench_sizes='' generate_sizes=''
 processes=gpu              # as many as there are GPUs
+slack=1                    # times each cap
 if [ "${3:-}" = rehearse ]; then
     sizes='--n_layer=2 --n_head=2 --n_embd=16 --block_size=32 --device=cpu --compile=False'
     train_sizes="$sizes --batch_size=4 --dataset=pydocs_char --max_iters=600 --eval_interval=100"
     bench_sizes="$sizes --vocab_size=128 --blocks=2 --steps=1"
     long=--block_size=64
     dataset=pydocs_char device='cpu quick' generate_sizes=small processes=2
+    slack=100              # a busy CPU fails no rehearsal
 fi
 
 part() {  # NAME CAP LINES COMMAND...: run it for CAP seconds at most, and report its last lines
-    local name=$1 cap=$2 lines=$3 start=$SECONDS status
+    local name=$1 cap=$(($2 * slack)) lines=$3 start=$SECONDS status
     shift 3
     [ $SECONDS -lt "$budget" ] || { skipped+=("$name"); return; }
     echo "== $name: ${*//$'\n'/ }"
