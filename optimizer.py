@@ -35,7 +35,7 @@ def orthogonalize(G: torch.Tensor, steps: int = 5) -> torch.Tensor:
         A = X @ X.mT                                            # (n, r, r)
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)
         X = torch.baddbmm(X, B, X, beta=a)
-    return X.mT.contiguous() if is_tall else X
+    return X.mT if is_tall else X
 
 
 class Muon(torch.optim.Optimizer):
@@ -219,9 +219,10 @@ class Sharded(torch.optim.Optimizer):
 
     def state_dict(self) -> dict:
         """The whole state, on the CPU, in the first process. All of them must call this."""
-        whole = self.opt.state_dict()
+        own_states = self.opt.state_dict()['state']
+        whole = super().state_dict()
         for i, rows in enumerate(self.rows.values()):
-            own = whole['state'].pop(i, {})
+            own = own_states.get(i, {})
             states = [None] * len(rows) if self.rank == 0 else None
             dist.gather_object({name: value.cpu() for name, value in own.items()}, states)
             if self.rank == 0:
