@@ -1,7 +1,8 @@
 """Export a checkpoint as a folder that Hugging Face's libraries open.
 
-    python export_hf.py --out_dir=out-shakespeare-char --hf_dir=hf-shakespeare-char
-    >>> transformers.pipeline('text-generation', 'hf-shakespeare-char')('ROMEO:', max_new_tokens=50)
+    python export_hf.py --out_dir=out-shakespeare-char --hf_dir=hf-shakespeare
+    >>> write = transformers.pipeline('text-generation', 'hf-shakespeare')
+    >>> write('ROMEO:', max_new_tokens=50)
 
 Learned positions make a GPT2LMHeadModel, for up to block_size tokens, prompt included. ALiBi
 without biases makes an MptForCausalLM, for more. llama.cpp's convert_hf_to_gguf.py takes both if
