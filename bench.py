@@ -1,13 +1,9 @@
 """How fast this machine trains. (Generation: benchmarks/bench_generate.py.)
 
-    python bench.py
-        GPT-2 (124M) on a GPU, a small model on a CPU
+    python bench.py                  GPT-2 (124M) on a GPU, less on a CPU
     python bench.py config/train_gpt2_alibi.py --batch_size=4
-        the sizes of a config
-    python bench.py --use_alibi=True --optimizer=muon
-        a row for the two together
-    python bench.py --blocks=0 --profile
-        where the time of a step goes
+    python bench.py --use_alibi=True --optimizer=muon    both in one row
+    python bench.py --blocks=0 --profile                 where the time goes
 
 All settings of train.py are settings here, too: python train.py --help lists them. The table has a
 row for each switch of the model and one for Muon. If the settings ask for something else, that is

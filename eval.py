@@ -1,9 +1,7 @@
 """Evaluate a trained GPT on a whole text: loss, perplexity and bits per byte.
 
-    python eval.py out-shakespeare-char
-        the val split of its training data
-    python eval.py out-shakespeare-char hamlet.txt
-        any text in its vocabulary
+    python eval.py out-shakespeare-char              its data's val split
+    python eval.py out-shakespeare-char hamlet.txt   any text in its vocabulary
     python eval.py gpt2-xl hamlet.txt --json=True
 
 Every token but the first is a target once, in non-overlapping windows of block_size tokens. Only

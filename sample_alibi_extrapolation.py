@@ -1,14 +1,14 @@
 """Does a model keep working on texts longer than it was trained on? Learned, rotary and ALiBi.
 
-    python sample_alibi_extrapolation.py                    train and compare small models
-    python sample_alibi_extrapolation.py out-a out-b out-c  your own: one, or several
+    python sample_alibi_extrapolation.py               trains small models first
+    python sample_alibi_extrapolation.py out-a out-b   your own: one, or several
 
 Prints the loss on the same targets in windows of 1, 1.5, 2, 4 and 8 times the trained length L
 (Press et al. 2022, arXiv 2108.12409). Each token is predicted in one of three ways:
 
-    in full      from all tokens of the window before it (ALiBi and rotary)
-    rolling      from the last L keys and values as they are in the cache (the same)
-    recomputed   from the last L tokens, computed anew for it (rotary and learned)
+    in full      from all tokens of the window before it (ALiBi, rotary)
+    rolling      from the last L keys and values of a cache (ALiBi, rotary)
+    recomputed   from the last L tokens, computed anew for it (rotary, learned)
 
 generate() does the first for ALiBi, the second for rotary, the third for learned positions. Runs
 that differ only in their seed are averaged. All losses, also by position in the text, go to
@@ -221,8 +221,7 @@ def print_table(results, protocol):
     """Print the results of a protocol, a row for each window, in 80 columns."""
     n_targets = results[0]['windows'][0][protocol]['targets']
     print(f"\n{PROTOCOLS[protocol]}, {n_targets:,} targets")
-    base = f"vs. {results[0]['name']:.20}"
-    print(f"{'window':>9}{'':8}{'loss':19}{'change from 1x':20}{base}")
+    print(f"{'window':>9}{'':8}{'loss':19}{'change from 1x':20}vs. the first")
     for result in results:
         print(textwrap.fill(f"{result['name']} (seeds: {result['seeds']})", 80))
         for row in result['windows']:
@@ -370,7 +369,9 @@ def extrapolate():
     for protocol in PROTOCOLS:
         print_table(results, protocol)
     print("\nloss: nats per token, mean of the seeds; ±: standard error, of text and seeds\n"
-          f"1x: the trained length\nresults: {path}\nplot: {path.with_suffix('.png')}")
+          "1x: the trained length. vs. the first: the loss minus the first block's in the same\n"
+          "window, target by target, where length and number of seeds are the same\n"
+          f"results: {path}\nplot: {path.with_suffix('.png')}")
 
 
 if __name__ == '__main__':
