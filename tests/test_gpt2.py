@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, evaluations, load_state, run_script
+from conftest import REPO, error_line, evaluations, load_state, run_script
 from small_models import all_logits, random_ids
 
 import checkpoint
@@ -114,6 +114,11 @@ def test_data_are_missed_before_a_download(run_train, monkeypatch):
 def test_samples(checkout, gpt2, bpe_files):
     options = ['--start=Hello<|endoftext|>', '--num_samples=1', '--max_new_tokens=3', '--device=cpu']
     assert '\nHello<|endoftext|>' in run_script(checkout, 'sample.py', gpt2, *options, env=bpe_files)
+
+
+def test_an_evaluation_without_a_text(checkout, gpt2, bpe_files):
+    line = error_line(run_script(checkout, 'eval.py', gpt2, status=1, env=bpe_files))
+    assert f'{gpt2} has no training data here: give a text file' in line
 
 
 def test_other_vocabularies_are_refused(gpt2):
