@@ -72,6 +72,9 @@ def read_ids(state, tok):
         path = Path(paths[1])
         return path, torch.tensor(tok.encode(path.read_text(encoding='utf-8-sig')))
     name = dataset or state['config'].get('dataset', '')
+    if not name:
+        raise UserError(f"{state['path']} has no training data here: give a text file behind it, "
+                        "or --dataset=NAME of a folder in data/")
     meta = load_meta(name)
     if meta != state['meta']:
         raise UserError(f"data/{name} has a different vocabulary from the training data of "

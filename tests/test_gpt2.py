@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, evaluations, load_state, refused, run_script
+from conftest import REPO, error_line, evaluations, load_state, refused, run_script
 from small_models import all_logits, random_ids, save_gpt2
 
 import checkpoint
@@ -106,6 +106,11 @@ def test_samples(checkout, gpt2, bpe_files):
     options = ['--start=Hello<|endoftext|>', '--num_samples=1', '--max_new_tokens=3']
     output = run_script(checkout, 'sample.py', gpt2, '--device=cpu', *options, env=bpe_files)
     assert '\nHello<|endoftext|>' in output
+
+
+def test_an_evaluation_without_a_text(checkout, gpt2, bpe_files):
+    line = error_line(run_script(checkout, 'eval.py', gpt2, status=1, env=bpe_files))
+    assert f'{gpt2} has no training data here: give a text file' in line
 
 
 def test_other_vocabularies_are_refused(gpt2):

@@ -43,8 +43,8 @@ def load_text(doc: str, instead: str) -> str:
         else:
             content = source.read_bytes()
     except OSError as error:
-        raise UserError(f"can't read {source} ({error}): fetch tiny Shakespeare elsewhere, pass it "
-                        f"with --input FILE; or without it: python {instead}") from error
+        raise UserError(f"can't read {source} ({error}): fetch tiny Shakespeare elsewhere and "
+                        f"pass it with --input FILE, or take python {instead}") from error
     if hashlib.sha256(content).hexdigest() != SHA256:
         raise UserError(f"{source} is not tiny Shakespeare; for other texts there is "
                         "data/prepare_text.py")
