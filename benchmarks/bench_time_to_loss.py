@@ -38,8 +38,8 @@ class Side(NamedTuple):
 SIDES = {
     'plain': Side("AdamW, nanoGPT's settings", 2.0, 'cpu'),
     'adamw': Side('AdamW, tuned, ALiBi', 1.0, 'fast', (
-        '--optimizer=adamw', '--max_iters=960', '--lr_decay_iters=1060', '--warmup_iters=100',
-        '--weight_decay=0.3', '--init_std=0.02')),
+        '--optimizer=adamw', '--max_iters=800', '--lr_decay_iters=880', '--warmup_iters=80',
+        '--weight_decay=0.3')),
     'fast': Side('Muon, ALiBi', 0.5, 'fast'),
     'muon': Side('Muon, rotary positions, as long as the first', 2.0, 'muon_cpu'),
 }
