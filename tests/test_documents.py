@@ -15,7 +15,7 @@ from systems import needs_linux
 
 DOCUMENTS = ['README.md', 'docs/usage.md', 'docs/from_nanogpt.md', 'config/README.md',
              'CONTRIBUTING.md', 'docs/tour.md', 'docs/robustness.md', 'docs/alibi.md',
-             'docs/performance.md', 'docs/course.md']
+             'docs/performance.md', 'docs/cuda.md', 'docs/course.md']
 COMMAND = re.compile(
     r'(python|torchrun|\.venv/bin/python) .*\.py|python -c .|(pip|make|bash|sbatch) .')
 
