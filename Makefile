@@ -1,6 +1,6 @@
 # make quickstart   from nothing to samples: environment, data, a trained baby GPT, its text
-# make test         the linter and the tests (three to four minutes on two cores)
-# make test-slow    the slow ones (nine to eleven minutes)
+# make test         the linter and the tests (five minutes on two cores)
+# make test-slow    the slow ones (eight minutes)
 
 PYTHON ?= python3
 PY := .venv/bin/python

@@ -64,7 +64,7 @@ def link(source: Path, target: Path) -> None:
     except OSError:
         shutil.copyfile(source, temporary)
     os.replace(temporary, target)
-    temporary.unlink(missing_ok=True)  # it stays where both were the same file
+    temporary.unlink(missing_ok=True)  # os.replace leaves it where both are the same file
 
 
 # ---- writing ------------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ class RunFolder(AbstractContextManager):
             raise UserError(message) from error
         self.identity = os.stat(self.path / '.lock')
 
-    def check(self) -> None:
+    def reclaim(self) -> None:
         """Lock and clear the folder again if it was moved, deleted or replaced meanwhile."""
         lock = self.path / '.lock'
         if not lock.exists() or not os.path.samestat(lock.stat(), self.identity):
@@ -148,7 +148,7 @@ class RunFolder(AbstractContextManager):
         """
         def stays(record):
             is_evaluation = record['iter'] == iter_num and 'val_loss' in record
-            return record['iter'] < iter_num or is_evaluation and is_evaluated
+            return record['iter'] < iter_num or (is_evaluation and is_evaluated)
 
         records = read_metrics(self.path)
         with atomic_write(self.path / 'metrics.jsonl', 'x') as file:
@@ -159,10 +159,10 @@ class RunFolder(AbstractContextManager):
 
         Of the kept states up to this iteration the newest `keep` stay.
         """
-        self.check()
+        self.reclaim()
         last = self.path / 'last.pt'
         with atomic_write(last) as file:
-            torch.save(state, file.name)  # not the file, which torch would write to through Python
+            torch.save(state, file.name)  # by its name: PyTorch then writes without Python, faster
         if is_best:
             link(last, self.path / 'ckpt.pt')
         if keep > 0:
@@ -184,7 +184,7 @@ class RunFolder(AbstractContextManager):
 
     def log(self, record: dict) -> None:
         """Add a record with `iter` to metrics.jsonl."""
-        self.check()
+        self.reclaim()
         with open(self.path / 'metrics.jsonl', 'a', encoding='utf-8') as file:
             file.write(json.dumps(record) + '\n')
 
@@ -250,7 +250,8 @@ def read_state(path: str | Path, meta: dict | None = None) -> dict:
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load looks at none of this
             entries = archive.infolist()
-            if archive.testzip() or any(entry.external_attr & 0x10 for entry in entries):
+            as_folders = any(entry.external_attr & 0x10 for entry in entries)  # torch reads zeros
+            if archive.testzip() or as_folders:
                 raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
         state['config'] = state.get('config', {})

@@ -40,7 +40,8 @@ BATCH_TOKENS = 2**13           # of a forward pass at most
 def token_losses(model, machine, x, y):
     """The loss in nats of each token y (B, T), given its row x (B, T) up to there: float64, CPU."""
     T = x.size(1)
-    rows = max(1, min(BATCH_TOKENS, 2**28 // model.config.vocab_size) // T)  # 1 GiB of logits
+    n_tokens = min(BATCH_TOKENS, 2**28 // model.config.vocab_size)  # at most 1 GiB of logits
+    rows = max(1, n_tokens // T)
     batches = list(zip(x.split(rows), y.split(rows)))
     losses = []
     for x, y in tqdm(batches, f"windows of {T}", leave=False, disable=None):  # in a terminal only

@@ -102,9 +102,9 @@ def alibi_bias(slopes: Tensor, i: Tensor, S: int) -> Tensor:
 def alibi_channels(slopes: Tensor, i: Tensor, D: int) -> tuple[Tensor, Tensor]:
     """ALiBi without a mask: 8 more channels for queries and for keys, (1, H, T, 8) float32 each.
 
-    Their product, which plain causal attention adds to the scores, is -slope * (i - j), exact even
-    in 16 bits. For slope * sqrt(D) = a + b, where sqrt(D) undoes the scale of the scores, and
-    i = hi + lo with lo < 256:
+    The bias is written as a product of a query and a key, which plain causal attention adds to the
+    scores. It is exact even in 16 bits. For slope * sqrt(D) = a + b, where sqrt(D) undoes the scale
+    of the scores, and i = hi + lo with lo < 256:
 
         (a, a, b, b, -hi, -lo, -hi, -lo) of i times (hi, lo, hi, lo, a, a, b, b) of j
         = (a + b) * j - i * (a + b)
@@ -128,7 +128,7 @@ def alibi_channels(slopes: Tensor, i: Tensor, D: int) -> tuple[Tensor, Tensor]:
     return torch.cat((of_head, -of_position), dim=3), torch.cat((of_position, of_head), dim=3)
 
 
-def takes_channels(device: torch.device, dtype: torch.dtype, T: int) -> bool:
+def prefers_channels(device: torch.device, dtype: torch.dtype, T: int) -> bool:
     """Whether ALiBi is better as channels than as a mask: in 16 bits on a GPU.
 
     There a mask rules out flash attention. In float32 no kernel is ruled out, and a mask is exact.
@@ -139,7 +139,7 @@ def takes_channels(device: torch.device, dtype: torch.dtype, T: int) -> bool:
 def rotary_angles(i: Tensor, D: int, base: float = 10000.0) -> tuple[Tensor, Tensor]:
     """What rotate() takes for tokens at positions i (T,): cosines, signed sines, (T, D) float32.
 
-    Channels c and c + D/2 are a pair, as in Llama, which turns by an angle of i * base^(-2c/D).
+    Channels c and c + D/2 are a pair, as in Llama. It is turned by an angle of i * base^(-2c/D).
     Its rounding error in float32 grows with i: up to 0.004 at i = 100,000, 0.03 at a million.
     """
     c = torch.arange(D // 2, device=i.device)
@@ -164,8 +164,8 @@ class KVCache:
     """Keys and values of the tokens seen so far.
 
     As in gpt-fast no shape changes from token to token: a mask hides the places not yet filled.
-    rolls: when it is full, a new token takes the place of the oldest one; it must then get one
-    token at a time. That suits rotary positions, whose keys do not age: a score depends on the
+    rolls: when the cache is full, a new token takes the place of the oldest one. Tokens must then
+    come one at a time. That suits rotary positions, whose keys do not age: a score depends on the
     distance alone.
     """
 
@@ -319,7 +319,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, **context) -> Tensor:
-        """x (B, T, C) -> (B, T, C). context: the mask, angles and cache of attention, if any."""
+        """x (B, T, C) -> (B, T, C). context: what attention takes beside x, as locate() made it."""
         x = x + self.attn(self.ln_1(x), **context)
         x = x + self.mlp(self.ln_2(x))
         return x
@@ -392,7 +392,7 @@ class GPT(nn.Module):
     def locate(self, idx: Tensor, cache: KVCache | None) -> tuple[Tensor, dict]:
         """The positions i (T,) of the tokens idx (B, T), and what attention is told of them.
 
-        That is a dict with a mask or angles, or with neither where plain causal attention is
+        That is a dict with a mask, channels or angles, or empty where plain causal attention is
         meant. Moves the cache's length forward.
         """
         T = idx.size(1)
@@ -405,11 +405,11 @@ class GPT(nn.Module):
             S = cache.capacity
             i = i + cache.length
             cache.length += T
-            mask = causal_mask(i, S)                                # (T, S), 0 once it is full
+            mask = causal_mask(i, S)            # (T, S); all 0 where i >= S, in a cache that rolls
         if self.config.has_wpe and S > self.config.block_size:
             raise ValueError(f"{S} tokens, but only block_size={self.config.block_size} positions")
         D = self.config.n_embd // self.config.n_head
-        if self.config.use_alibi and cache is None and takes_channels(idx.device, dtype, T):
+        if self.config.use_alibi and cache is None and prefers_channels(idx.device, dtype, T):
             context['channels'] = alibi_channels(self.slopes, i, D)
         elif self.config.use_alibi:
             mask = alibi_bias(self.slopes, i, S)                    # (1, H, T, S)
@@ -423,7 +423,8 @@ class GPT(nn.Module):
     def head_loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """The loss that is trained on: the mean cross-entropy of x (N, C) against targets (N,).
 
-        Where the logits would take much memory, HeadLoss computes it with a gradient of its own.
+        Where the logits would take much memory, HeadLoss computes it with a gradient of its own. A
+        loss of yours replaces all of this, and for eval.py the line in forward().
         """
         n_logits = x.size(0) * self.config.vocab_size
         max_logits = 2**25 if x.device.type == 'cpu' else 2**28     # 128 MiB, 1 GiB in float32
@@ -447,7 +448,7 @@ class GPT(nn.Module):
 
         Call eval() first, or dropout goes on. idx (B, T) int64: the prompts, T >= 1.
         temperature: 0 is greedy. top_k: draw from the k likeliest ids.
-        stop: a row that drew this id goes on drawing it; the stream ends when all rows have.
+        stop: after this id a row repeats it; the stream ends when all rows have drawn it.
         vocab_size: ids from here on (padding of the vocabulary) are never drawn.
         generators: a torch.Generator for each row, so that its text does not depend on the others.
         use_cache: False computes the context again for each token, as nanoGPT does, so that
@@ -458,7 +459,7 @@ class GPT(nn.Module):
         - ALiBi: all tokens before it.
         - Rotary positions: the last L tokens, whose keys and values stay as they were computed, in
           a cache that rolls. A longer prompt begins with its last L tokens. Without the cache they
-          are computed again, as with learned positions, which makes another text.
+          are computed again, as with learned positions, which gives a different text.
         - Learned positions: the last L tokens, computed again for each token, since all positions
           shift.
         """
@@ -494,7 +495,7 @@ class GPT(nn.Module):
 
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0,
                  top_k: int | None = None, **options) -> Tensor:
-        """idx (B, T) with up to max_new_tokens sampled behind it. Options as in stream()."""
+        """idx (B, T) followed by up to max_new_tokens sampled ones. Options as in stream()."""
         new = self.stream(idx, max_new_tokens, temperature, top_k, **options)
         return torch.cat([idx, *new], dim=1)
 
@@ -575,8 +576,7 @@ class GPT(nn.Module):
         """Model FLOPs utilization, the used share of peak_flops (default: an A100's in bfloat16).
 
         fwdbwd_per_iter sequences of block_size tokens in dt seconds, counted as in PaLM's
-        appendix B (Chowdhery et al. 2022, arXiv 2204.02311): 6 a parameter and token, 12 a layer,
-        channel and pair of tokens.
+        appendix B (Chowdhery et al. 2022, arXiv 2204.02311): 6 N + 12 n_layer n_embd T a token.
         """
         config = self.config
         T = config.block_size
@@ -662,24 +662,25 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 # ---- only for speed on a CPU -----------------------------------------------------------------
 
 class Dropout(nn.Dropout):
-    """torch.nn.Dropout. On a CPU most of its time goes into random numbers: 15 bits of them do.
+    """torch.nn.Dropout. On a CPU most of its time goes into random numbers: 15 bits are enough.
 
-    Masks are made of integers: of -1, all of whose bits are ones, and 0.
+    A number is kept where its bits are at least the threshold. Masks are integers: -1, all of whose
+    bits are ones, to keep, and 0 to drop.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        drawn = round(self.p * 2**15)                               # p, to one part in 32,768
+        threshold = round(self.p * 2**15)                           # p, to one part in 32,768
         is_slow = x.device.type == 'cpu' and not torch.compiler.is_compiling()
-        if not is_slow or drawn in (0, 2**15):
+        if not is_slow or threshold in (0, 2**15):
             return super().forward(x)
         n = x.numel()
         bits = torch.empty(-(-n // 4), dtype=torch.int64).random_(-2**63, None).view(torch.int16)
         bits = bits[:n].view(x.shape).bitwise_and_(2**15 - 1)       # from 0 to 2^15 - 1
-        kept = bits.neg_().add_(drawn - 1).bitwise_right_shift_(15)  # -1 where bits >= drawn, or 0
+        kept = bits.neg_().add_(threshold - 1).bitwise_right_shift_(15)  # -1 or 0
         integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
-        scale = torch.tensor(2**15 / (2**15 - drawn), dtype=x.dtype)
+        scale = torch.tensor(2**15 / (2**15 - threshold), dtype=x.dtype)
         factor = kept.to(integer).bitwise_and_(scale.view(integer)).view(x.dtype)  # scale or 0
         return x * factor
 
@@ -688,7 +689,8 @@ def is_faster_explicitly(q: Tensor, k: Tensor, mask: Tensor | None, p: float) ->
     """Whether blockwise_attention() is faster than PyTorch's kernel on a CPU, for dropout p.
 
     That kernel does not use the CPU's units for products in 16 bits, computes what the mask hides,
-    and has no dropout. But it keeps no weights for the backward pass: they must take little memory.
+    and has no dropout. But blockwise_attention() keeps the attention weights for the backward pass,
+    so they must take little memory.
     """
     n_weights = q.size(0) * q.size(1) * q.size(2) * k.size(2)
     is_weak = q.dtype != torch.float32 or mask is not None or p > 0
@@ -698,7 +700,7 @@ def is_faster_explicitly(q: Tensor, k: Tensor, mask: Tensor | None, p: float) ->
 
 def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
                         dropout: nn.Module) -> Tensor:
-    """explicit_attention(), a block of queries at a time: each leaves out the keys behind it."""
+    """explicit_attention(), a block of queries at a time, each without the keys that follow it."""
     T = q.size(2)
     if mask is None:
         mask = causal_mask(torch.arange(T), T).to(q.dtype)          # (T, S)

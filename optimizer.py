@@ -68,7 +68,7 @@ class Muon(torch.optim.Optimizer):
                     self._muon(alike[first:first + n], group)
 
     def _states(self, params, name, columns=None):
-        """The state `name` of each of the params, at first zeros; columns: instead of its own."""
+        """The state `name` of each of the params, zeros at first. columns: if it has fewer."""
         for p in params:
             if name not in self.state[p]:
                 self.state[p][name] = p.new_zeros(*p.shape[:-1], columns or p.size(-1))
@@ -79,8 +79,9 @@ class Muon(torch.optim.Optimizer):
         momentum = group['momentum']
         grads = [p.grad for p in params]
         buffers = self._states(params, 'momentum_buffer')
-        torch._foreach_lerp_(buffers, grads, 1 - momentum)
-        update = torch.stack(torch._foreach_lerp(grads, buffers, momentum))  # Nesterov's
+        torch._foreach_lerp_(buffers, grads, 1 - momentum)  # m = momentum m + (1 - momentum) g
+        update = torch._foreach_lerp(grads, buffers, momentum)  # Nesterov's, the same of the new m
+        update = torch.stack(update)                        # (n, rows, C)
         n, rows, C = update.shape
         R = rows // group['stacked']
         update = orthogonalize(update.view(-1, R, C), group['steps']).float().reshape(n, rows, C)

@@ -63,7 +63,7 @@ class Run(NamedTuple):
 
 def number_settings(config: dict) -> dict:
     """Those of a run's settings that change its numbers, but for the seed."""
-    others = {'seed', *LAUNCH_SETTINGS} - {'init_from'}  # that may name another run's weights
+    others = {'seed', *LAUNCH_SETTINGS} - {'init_from'}  # it may name the weights of another run
     return {name: value for name, value in config.items() if name not in others}
 
 
@@ -74,7 +74,7 @@ def read_run(folder: str | Path) -> Run:
     if not evaluations:
         raise UserError(f"no evaluation in {folder}/metrics.jsonl: give the folders of runs")
     config = {}
-    if os.path.exists(f'{folder}/config.py'):  # a folder moved during the training is made without
+    if os.path.exists(f'{folder}/config.py'):  # a folder that a run had to make again has none
         config = run_file(f'{folder}/config.py', {})
     return Run(str(folder), config.get('seed'), number_settings(config), records, evaluations)
 
@@ -237,7 +237,7 @@ def draw(groups: list[list[Run]], path: str | Path, kinds: str = '') -> None:
     kinds: as the setting `curves`.
     """
     from matplotlib.figure import Figure  # only here: it is slow to import
-    is_single = len(groups) == len(groups[0]) == 1
+    is_single = len(groups) == 1 and len(groups[0]) == 1
     default = 'batch,train,val' if is_single else 'val'
     drawn = (kinds or default).split(',')
     if not {*drawn} <= STYLES.keys():

@@ -24,7 +24,7 @@ from dataset import load_meta, load_split
 from model import GPT, GPTConfig
 from runtime import Machine
 
-# settings that change no number of a run: its processes, and its resumes, may differ in them
+# settings that a resume may change without a word, since they change no number of the run
 LAUNCH_SETTINGS = (
     'init_from', 'auto_resume', 'resume_from', 'out_dir', 'eval_only', 'log_interval',
     'save_interval', 'keep_checkpoints', 'wandb_log', 'wandb_project', 'wandb_run_name', 'device',
@@ -60,7 +60,7 @@ def decide(settings: SimpleNamespace) -> Origin:
     goes_back = resume_from != '' and Path(resume_from).resolve().parent == Path(out_dir).resolve()
 
     if init_from == 'auto':
-        raise UserError("init_from=auto is now a setting of its own: --auto_resume=True")
+        raise UserError("init_from=auto is a setting of its own: --auto_resume=True")
     if init_from == 'resume' and (resume_from or settings.auto_resume):
         raise UserError("init_from=resume continues the run in out_dir: leave out resume_from and "
                         "auto_resume, or take another init_from")
@@ -71,7 +71,7 @@ def decide(settings: SimpleNamespace) -> Origin:
         return Origin('continue', str(newest))
     if init_from == 'resume' and not newest:
         raise UserError(f"no last.pt or ckpt.pt in {out_dir}: {checkpoint.other_runs()}")
-    if init_from == 'resume' or settings.auto_resume and newest:
+    if init_from == 'resume' or (settings.auto_resume and newest):
         return Origin('continue', str(newest))
     if resume_from:
         return Origin('back' if goes_back else 'branch', str(checkpoint.find_file(resume_from)))
@@ -114,7 +114,7 @@ def begin(settings: SimpleNamespace, machine: Machine) -> Iterator[tuple]:
     state is {} for a new run. Nothing has moved yet: prepare_folder() follows.
     """
     check_settings(settings, machine.world_size)
-    load_split(settings.dataset, 'train', 1, load_meta(settings.dataset))  # before any download
+    load_split(settings.dataset, 'train', 1, load_meta(settings.dataset))  # is there data at all?
     origin = decide(settings)
     writes = machine.is_master and not settings.eval_only
     with lock(settings) if writes else nullcontext() as folder:
@@ -222,7 +222,7 @@ def load_origin(origin: Origin, settings: SimpleNamespace, machine: Machine) -> 
     if origin.kind == 'new':
         machine.print(f"starting from {saved['path']}, its weights alone")
         if settings.block_size < model.config.block_size or not model.config.has_wpe:
-            model.crop_block_size(settings.block_size)  # or extend it: train short, go on long
+            model.crop_block_size(settings.block_size)  # without learned positions it may grow
         saved = {}
     else:
         check_optimizer(saved, settings)
@@ -253,7 +253,7 @@ def check_vocabulary(model: GPT, saved: dict, dataset: str, meta: dict | None) -
     if saved['meta'] and meta is None:
         raise UserError(f"data/{dataset}/meta.pkl is missing: {saved['path']} was trained with its "
                         f"vocabulary of {saved['meta']['vocab_size']}")
-    if saved['meta'] != meta or meta and meta['vocab_size'] > model.config.vocab_size:
+    if saved['meta'] != meta or (meta and meta['vocab_size'] > model.config.vocab_size):
         raise UserError(f"data/{dataset} has a different vocabulary from the training data of "
                         f"{saved['path']}")
 

@@ -134,7 +134,7 @@ def accumulate(model, scaler, machine, get_batch, n_batches, checkpoint_activati
     machine.mean() gives their mean.
     """
     losses = torch.zeros(n_batches, device=machine.device)
-    share = n_batches / machine.world_size              # DDP averages the processes' gradients
+    share = n_batches / machine.world_size              # the mean of all: DDP divides by world_size
     for i in range(machine.rank, n_batches, machine.world_size):
         is_last = i + machine.world_size >= n_batches   # exchange gradients once
         with nullcontext() if is_last or machine.world_size == 1 else model.no_sync():
@@ -186,7 +186,7 @@ def set_rates(opt, iter_num):
 
 
 def load_data(block_size):
-    """The vocabulary, the ids of each split, and a fingerprint of each. Raises UserError."""
+    """The vocabulary, and by split its ids and its fingerprint. Raises UserError."""
     meta = load_meta(dataset)
     splits = {split: load_split(dataset, split, block_size, meta) for split in ('train', 'val')}
     return meta, splits, {split: fingerprint(ids) for split, ids in splits.items()}
@@ -223,10 +223,11 @@ def evaluate(model, machine, get_batch, stop):
     """Mean losses of both splits, on the same batches at every call; None if a stop is signaled."""
     model.eval()
     means = {}
+    # each process takes as many steps, since any() waits for all of them
     for split, purpose in (('train', runtime.EVAL_TRAIN), ('val', runtime.EVAL_VAL)):
         losses = torch.zeros(eval_iters, device=machine.device)  # each process fills in its own
         steps = range(machine.rank, eval_iters + machine.rank, machine.world_size)
-        hidden = None if machine.is_master else True             # None: shown in a terminal only
+        hidden = None if machine.is_master else True             # tqdm's None: only in a terminal
         for k in tqdm(steps, f"evaluating {split}", leave=False, delay=1, disable=hidden):
             if machine.any(stop.received):
                 model.train()
@@ -324,7 +325,7 @@ def log(record, machine, folder, wandb):
     """Print a record, and add it to metrics.jsonl, loss.png and wandb."""
     machine.print(format_record(record))
     if folder:
-        folder.check()  # another run may have taken its place: then this one ends
+        folder.reclaim()  # another run may have taken its place: then this one ends
         with only_watching():
             folder.log(record)
             if 'val_loss' in record:
@@ -429,11 +430,11 @@ def train():
           runtime.processes(machine, backend, timeout)):
         # data, model and optimizer
         T = raw_model.config.block_size  # which the weights decide
-        meta, splits, data = load_data(T)
-        is_evaluated, best_val_loss = start.evaluation_so_far(origin, saved, data, settings,
+        meta, splits, fingerprints = load_data(T)
+        is_evaluated, best_val_loss = start.evaluation_so_far(origin, saved, fingerprints, settings,
                                                               machine)
-        plan = (origin.kind, saved.get('hash'), data, is_evaluated)
-        start.check_processes(settings, machine, plan)
+        start.check_processes(settings, machine, origin.kind, settings.init_from, saved.get('hash'),
+                              fingerprints, is_evaluated)
         raw_model.train().to(machine.device)
         opt, scaler = make_optimizer(raw_model, saved, machine)
         params = list(raw_model.parameters())
@@ -447,12 +448,12 @@ def train():
         if is_evaluated and iter_num >= max_iters and not eval_only:
             machine.print(start.finished_message(settings, iter_num))
             return
-        config = start.run_config(settings, raw_model.config, saved)
-        if folder:
-            start.prepare_folder(folder, origin, config, iter_num, is_evaluated)
-        config |= runtime.choices(machine)
+        asked = start.run_config(settings, raw_model.config, saved)
+        config = asked | runtime.choices(machine)
         wandb_id = saved.get('wandb_id') or os.urandom(4).hex()
-        wandb = start_wandb(config, wandb_id, machine)
+        wandb = start_wandb(config, wandb_id, machine)  # may fail: nothing has moved yet
+        if folder:
+            start.prepare_folder(folder, origin, asked, iter_num, is_evaluated)
         tokens = gradient_accumulation_steps * batch_size * T
         totals = Totals(saved, tokens)
         del saved  # and its memory
@@ -467,7 +468,7 @@ def train():
                     best_val_loss=torch.tensor(best_val_loss, dtype=torch.float64),
                     **totals.at(iter_num),
                     model_args=checkpoint.model_args(raw_model.config), gelu=raw_model.config.gelu,
-                    config=config, meta=meta, data=data, wandb_id=wandb_id), is_best, keep)
+                    config=config, meta=meta, data=fingerprints, wandb_id=wandb_id), is_best, keep)
             machine.print(f"saved {settings.out_dir}/last.pt" + (" and ckpt.pt" if is_best else ''))
             return iter_num
 
@@ -479,8 +480,8 @@ def train():
 
             # evaluate, and save what is worth it
             stopping = False
-            if eval_only or is_evaluation_due(iter_num) and not is_evaluated:
-                stopwatch.reset()
+            if eval_only or (is_evaluation_due(iter_num) and not is_evaluated):
+                evaluation_start = time.perf_counter()
                 means = evaluate(model, machine, get_batch, stop)
                 stopping = means is None
                 is_evaluated = not stopping
@@ -492,19 +493,19 @@ def train():
                          **runtime.peak_memory(machine)}, machine, folder, wandb)
                     if iter_num > 0 and not eval_only:
                         last_saved = save(is_best or always_save_checkpoint, keep_checkpoints)
-                evaluation_seconds = stopwatch.seconds()
+                evaluation_seconds = time.perf_counter() - evaluation_start
                 stopwatch.reset()
-            is_done = eval_only or is_evaluated and iter_num >= max_iters
-            if is_done or stopping and iter_num == last_saved:
+            is_done = eval_only or (is_evaluated and iter_num >= max_iters)
+            if is_done or (stopping and iter_num == last_saved):
                 break
 
-            # The gradient. Its loss shows that the last update was good: only a state whose next
-            # loss is finite may be saved, even where the run stops.
+            # The gradient. Its loss is the first that the last update shows in: a state is saved
+            # only after it was seen to be finite, even where the run stops.
             first = iter_num * gradient_accumulation_steps
             losses = accumulate(model, scaler, machine, lambda i: get_micro_batch(first + i),
                                 gradient_accumulation_steps, checkpoint_activations)
             stopping = machine.any(stop.received)
-            is_save_due = stopping or save_interval > 0 and iter_num % save_interval == 0
+            is_save_due = stopping or (save_interval > 0 and iter_num % save_interval == 0)
             if is_save_due and iter_num != last_saved:
                 check_finite(f"iteration {iter_num}", last_saved, loss=machine.mean(losses))
                 last_saved = save()
@@ -534,7 +535,7 @@ def train():
             iter_num += 1
             is_evaluated = False
 
-        print_end(machine, folder, iter_num, last_saved, best_val_loss, bool(stop.received))
+        print_end(machine, folder, iter_num, last_saved, best_val_loss, is_interrupted=stopping)
 
 
 if __name__ == '__main__':

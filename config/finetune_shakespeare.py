@@ -3,7 +3,7 @@ r"""Finetune GPT-2 XL on Shakespeare in GPT-2's BPE.
     python data/shakespeare/prepare.py
     python train.py config/finetune_shakespeare.py
 
-So it takes 27 GiB, a GPU of 40 GB or more; on 80 GB --batch_size=8 --gradient_accumulation_steps=4
+It takes 27 GiB, a GPU of 40 GB or more; on 80 GB --batch_size=8 --gradient_accumulation_steps=4
 is as many tokens. On 24 GB: --init_from=gpt2-large --checkpoint_activations=True, or all of GPT-2
 XL on eight GPUs:
 

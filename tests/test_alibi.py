@@ -102,7 +102,7 @@ def test_a_model_with_channels_equals_the_naive_one(monkeypatch, H):
     model, idx = small(use_alibi=True, n_head=H), random_ids(2, 40)
     state = model.state_dict()
     expected = torch.stack([naive.logits(state, model.config, row.tolist()) for row in idx])
-    monkeypatch.setattr(model_module, 'takes_channels', lambda device, dtype, T: True)
+    monkeypatch.setattr(model_module, 'prefers_channels', lambda device, dtype, T: True)
     monkeypatch.setattr(model_module, 'is_faster_explicitly', lambda *args: False)
     seen = []
     monkeypatch.setattr(model_module, 'alibi_bias', lambda *args: seen.append(args))
@@ -112,12 +112,12 @@ def test_a_model_with_channels_equals_the_naive_one(monkeypatch, H):
 
 def test_channels_are_for_16_bits_on_a_gpu():
     """In float32 a mask rules out no kernel; beyond 65,536 tokens positions need more bits."""
-    gpu, takes_channels = torch.device('cuda'), model_module.takes_channels
-    assert takes_channels(gpu, torch.bfloat16, 2**16)
-    assert takes_channels(gpu, torch.float16, 1)
-    assert not takes_channels(gpu, torch.float32, 1024)
-    assert not takes_channels(gpu, torch.bfloat16, 2**16 + 1)
-    assert not takes_channels(torch.device('cpu'), torch.bfloat16, 1024)
+    gpu, prefers_channels = torch.device('cuda'), model_module.prefers_channels
+    assert prefers_channels(gpu, torch.bfloat16, 2**16)
+    assert prefers_channels(gpu, torch.float16, 1)
+    assert not prefers_channels(gpu, torch.float32, 1024)
+    assert not prefers_channels(gpu, torch.bfloat16, 2**16 + 1)
+    assert not prefers_channels(torch.device('cpu'), torch.bfloat16, 1024)
 
 
 # attention on a CPU, a block of queries at a time
