@@ -60,9 +60,9 @@ def test_without_a_tokenizer(run):
     state = torch.load(run / 'out-eval/last.pt', weights_only=True)
     state['meta'] = {'vocab_size': state['meta']['vocab_size']}
     torch.save(state, run / 'ids.pt')
-    shutil.copytree(run / 'data/pydocs_char', run / 'data/ids')
-    (run / 'data/ids/meta.pkl').write_bytes(pickle.dumps(state['meta']))
-    found = evaluate(run, 'ids.pt', '--dataset=ids')
+    shutil.copytree(run / 'data/pydocs_char', run / 'data/untold')
+    (run / 'data/untold/meta.pkl').write_bytes(pickle.dumps(state['meta']))
+    found = evaluate(run, 'ids.pt', '--dataset=untold')
     assert 'bits_per_byte' not in found
     assert found['loss'] == evaluate(run, 'out-eval/last.pt')['loss']
 

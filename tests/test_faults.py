@@ -115,6 +115,18 @@ def test_torchrun_passes_on_other_signals(checkout, tmp_path, monkeypatch, name)
 
 
 @pytest.mark.slow
+@needs_linux('/proc')
+def test_a_signal_to_the_second_process_stops_both(checkout, tmp_path):
+    """And the first one says so, though it has got no signal."""
+    process = start(checkout, *tiny(max_iters=100000, out_dir=tmp_path / 'out'), torchrun=TWO)
+    read_until(process, 'iter 15:')
+    os.kill(children(process.pid)[1], signal.SIGTERM)
+    output, _ = process.communicate(timeout=HANG)
+    assert f"interrupted at iteration {load_state(tmp_path / 'out')['iter_num']}" in output
+    assert 'done:' not in output
+
+
+@pytest.mark.slow
 @needs_posix('signals to another process')
 def test_interruption_under_torchrun_and_other_numbers_of_processes(checkout, tmp_path):
     """2 processes, stopped, resumed by 1, stopped, resumed by 2: all on the same batches."""
@@ -190,7 +202,7 @@ def test_two_runs_in_one_out_dir(checkout, run_train, tmp_path, monkeypatch):
     """The second is refused before it loads anything."""
     process = start(checkout, *tiny(max_iters=100000, out_dir=tmp_path / 'out'))
     read_until(process, 'saved')
-    monkeypatch.setattr(start_of_run, 'load', Mock(side_effect=AssertionError))
+    monkeypatch.setattr(start_of_run, 'load_origin', Mock(side_effect=AssertionError))
     for settings in ({}, dict(init_from='resume'), dict(auto_resume=True),
                      dict(resume_from=str(tmp_path / 'out/ckpt.pt'))):
         with refused('another run writes to .*/out: .*--out_dir'):

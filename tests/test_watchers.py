@@ -85,3 +85,13 @@ def test_a_log_that_fails_warns_once(run_train, monkeypatch, breaks):
     log.side_effect = KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
         run_train(wandb_log=True)
+
+
+def test_a_wandb_that_does_not_start_moves_no_run(run_train, monkeypatch):
+    """As without a network: an earlier run in out_dir stays in its place."""
+    out_dir = run_train(max_iters=2)
+    wandb = types.SimpleNamespace(init=Mock(side_effect=ConnectionError), define_metric=Mock())
+    monkeypatch.setitem(sys.modules, 'wandb', wandb)
+    with pytest.raises(ConnectionError):
+        run_train(max_iters=2, wandb_log=True)
+    assert (out_dir / 'last.pt').exists() and not (out_dir / 'previous').exists()
