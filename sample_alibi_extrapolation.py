@@ -369,8 +369,8 @@ def extrapolate():
     for protocol in PROTOCOLS:
         print_table(results, protocol)
     print("\nloss: nats per token, mean of the seeds; ±: standard error, of text and seeds\n"
-          "1x: the trained length. vs. the first: the loss minus the first block's in the same\n"
-          "window, target by target, where length and number of seeds are the same\n"
+          "1x: the trained length; vs. the first: minus the first block's loss, target by\n"
+          "target, where the trained length and the number of seeds are the same\n"
           f"results: {path}\nplot: {path.with_suffix('.png')}")
 
 

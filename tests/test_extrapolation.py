@@ -221,6 +221,7 @@ def test_the_script(checkout, trained):
                 assert row[protocol]['loss'][0] == pytest.approx(loss, abs=1e-4)
             first += 5
     assert full['windows'][0]['sliding']['loss'] == rolling['windows'][0]['sliding']['loss']
+    assert full['windows'][4]['sliding']['loss'] != rolling['windows'][4]['sliding']['loss']
     for method in (full, rolling, learned):                         # stretches of 8 tokens
         for row in method['windows']:
             assert row['sliding']['loss'] == method['by_position']['loss'][row['window'] // 8 - 1]
