@@ -267,10 +267,8 @@ def processes(machine: Machine, backend: str = 'auto', timeout: float = 1800) ->
         time.sleep(0.1)  # PyTorch 2.13: gloo's threads must let go of DDP's tensors first
 
 
-def wrap(model: torch.nn.Module, machine: Machine) -> torch.nn.Module:
-    """The model as the loop calls it: compiled, in DistributedDataParallel, where these apply."""
-    if machine.compile:
-        model = torch.compile(model)
+def distribute(model: torch.nn.Module, machine: Machine) -> torch.nn.Module:
+    """The model, in DistributedDataParallel if there are several processes."""
     if machine.world_size > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
         model.require_forward_param_sync = False  # buffers never change

@@ -438,7 +438,8 @@ def train():
         raw_model.train().to(machine.device)
         opt, scaler = make_optimizer(raw_model, saved, machine)
         params = list(raw_model.parameters())
-        model = runtime.wrap(raw_model, machine)
+        model = torch.compile(raw_model) if machine.compile else raw_model  # to evaluate
+        ddp_model = runtime.distribute(model, machine)  # to train: DDP splits a compiled graph
         get_batch, get_micro_batch = batch_functions(splits, raw_model.config, machine)
         print_plan(machine, raw_model, splits, meta)
 
@@ -502,7 +503,7 @@ def train():
             # The gradient. Its loss is the first that the last update shows in: a state is saved
             # only after it was seen to be finite, even where the run stops.
             first = iter_num * gradient_accumulation_steps
-            losses = accumulate(model, scaler, machine, lambda i: get_micro_batch(first + i),
+            losses = accumulate(ddp_model, scaler, machine, lambda i: get_micro_batch(first + i),
                                 gradient_accumulation_steps, checkpoint_activations)
             stopping = machine.any(stop.received)
             is_save_due = stopping or (save_interval > 0 and iter_num % save_interval == 0)
