@@ -2,6 +2,7 @@
 
     time_to_loss.json          from benchmarks/bench_time_to_loss.py
     alibi_extrapolation.json   from sample_alibi_extrapolation.py
+    alibi_10m.json             the same, by the command in alibi.md
     first_screen.json          by hand: the loss is eval.py's, the text that of sample.py RUN
                                --seed=1 --num_samples=1 --max_new_tokens=420, of an untrained model,
                                config/train_shakespeare_char_fast.py and _muon_cpu.py with seed 41,
@@ -65,7 +66,8 @@ def main():
     from sample_alibi_extrapolation import plot
     first_screen(load('first_screen'), DOCS / 'first_screen.png')
     time_to_loss(load('time_to_loss'), DOCS / 'time_to_loss.png')
-    plot(load('alibi_extrapolation')['methods'], DOCS / 'alibi_extrapolation.png')
+    for name in ('alibi_extrapolation', 'alibi_10m'):
+        plot(load(name)['methods'], DOCS / f'{name}.png')
 
 
 if __name__ == '__main__':
