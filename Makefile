@@ -6,7 +6,8 @@ PYTHON ?= python3
 PY := .venv/bin/python
 INSTALL = $(PY) -m pip install -c constraints.txt
 
-# on Linux PyTorch's default build brings CUDA, several GB. Without an NVIDIA driver take the CPU's, if its index can be reached
+# on Linux PyTorch's default build brings CUDA, several GB: without an NVIDIA driver take the CPU's,
+# if its index can be reached
 CPU_BUILD = $$(test "$$(uname)" != Linux || command -v nvidia-smi > /dev/null || echo --retries=0 --extra-index-url=https://download.pytorch.org/whl/cpu)
 
 # a GPU takes the larger model by itself
