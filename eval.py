@@ -77,6 +77,8 @@ def read_ids(state, tok):
         raise UserError(f"{state['path']} has no training data here: give a text file behind it, "
                         "or --dataset=NAME of a folder in data/")
     meta = load_meta(name)
+    if meta is None and name == state['config'].get('dataset'):
+        meta = state['meta']  # a run knows the vocabulary of its own data without meta.pkl
     if meta != state['meta']:
         raise UserError(f"data/{name} has a different vocabulary from the training data of "
                         f"{state['path']}")

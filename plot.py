@@ -11,7 +11,8 @@ The settings are those in each run's config.py, which is executed as code.
 # --------------------------------------------------------------------------------------------------
 # settings
 runs = []                      # the folders of the runs
-file = 'runs.png'              # the picture: a .png, .svg or .pdf
+file = ''                      # the picture: a .png, .svg or .pdf; '': loss.png in the folder of
+                               # one run, runs.png for several
 curves = ''                    # of batch,train,val; '': all three of one run, val of several
 json = False                   # print the table as JSON
 # --------------------------------------------------------------------------------------------------
@@ -22,6 +23,7 @@ configure(globals(), plain='runs')
 import math
 import os
 import statistics
+import sys
 import textwrap
 from collections.abc import Iterable
 from datetime import timedelta
@@ -68,15 +70,31 @@ def number_settings(config: dict) -> dict:
 
 
 def read_run(folder: str | Path) -> Run:
-    """The run in a folder. Raises UserError if it holds none, or one not evaluated yet."""
+    """The run in a folder. Raises UserError if there is none."""
+    if not os.path.exists(f'{folder}/metrics.jsonl'):
+        raise UserError(f"no metrics.jsonl in {folder}: give the folders of runs")
     records = read_metrics(folder)
     evaluations = [record for record in records if 'val_loss' in record]
-    if not evaluations:
-        raise UserError(f"no evaluation in {folder}/metrics.jsonl: give the folders of runs")
     config = {}
     if os.path.exists(f'{folder}/config.py'):  # a folder that a run had to make again has none
         config = run_file(f'{folder}/config.py', {})
     return Run(str(folder), config.get('seed'), number_settings(config), records, evaluations)
+
+
+def read_runs(folders: list[str]) -> list[Run]:
+    """The runs in the folders, without those that have not been evaluated yet.
+
+    Raises UserError if there are no others.
+    """
+    evaluated = []
+    for run in map(read_run, folders):
+        if run.evaluations:
+            evaluated.append(run)
+        else:
+            print(f"{run.name}: left out, no evaluation yet", file=sys.stderr)
+    if not evaluated:
+        raise UserError("no run with an evaluation")
+    return evaluated
 
 
 def group_runs(all_runs: Iterable) -> list[list]:
@@ -129,6 +147,7 @@ def make_rows(groups: list[list[Run]]) -> list[dict]:
         last = [run.evaluations[-1] for run in group]
         best, best_error = mean_and_error([run.best() for run in group])
         final, final_error = mean_and_error([record['val_loss'] for record in last])
+        times = [record.get('elapsed') for record in last]  # None in runs before it was logged
         rows.append({
             'name': group_name(group),
             'runs': [run.name for run in group],
@@ -139,7 +158,7 @@ def make_rows(groups: list[list[Run]]) -> list[dict]:
             'final_val_loss': final,
             'final_val_loss_error': final_error,
             'iterations': [record['iter'] for record in last],
-            'seconds': statistics.mean(record['elapsed'] for record in last),
+            'seconds': None if None in times else statistics.mean(times),
         })
     return rows
 
@@ -159,7 +178,7 @@ def format_row(row: dict) -> str:
     final = show_loss(row, 'final_val_loss')
     reached = sorted({min(row['iterations']), max(row['iterations'])})
     iters = '-'.join(map(str, reached))
-    time = timedelta(seconds=round(row['seconds']))
+    time = '-' if row['seconds'] is None else timedelta(seconds=round(row['seconds']))
     numbers = f'{best:>13}  {final:>14}  {iters:>6}  {time!s:>8}  '
     words = [row['name']]
     if len(row['runs']) > 1:
@@ -267,14 +286,17 @@ def compare() -> None:
     """Print the table and draw the picture that the settings ask for."""
     if not runs:
         raise UserError("give the folders of runs, such as python plot.py out-shakespeare-char")
-    groups = group_runs(map(read_run, runs))
+    evaluated = read_runs(runs)
+    groups = group_runs(evaluated)
     rows = make_rows(groups)
-    draw(groups, file, curves)
+    default = 'runs.png' if len(evaluated) > 1 else f'{evaluated[0].name}/loss.png'
+    path = file or default
+    draw(groups, path, curves)
     if json:
         print(dumps(rows))
     else:
         print(format_table(rows))
-        print(file)
+        print(path)
 
 
 if __name__ == '__main__':

@@ -38,7 +38,7 @@ dtype = 'auto'                 # float32, bfloat16 or float16
 # -------------------------------------------------------------------------------------------------
 from configurator import UserError, configure
 
-configure(globals(), plain='runs')
+configure(globals(), skip_unknown=True, plain='runs')
 
 import torch
 
@@ -344,7 +344,7 @@ def extrapolate():
     sys.stdout.reconfigure(errors='replace')                        # for a sample's characters
     machine = runtime.set_up(device, dtype, compile=False)
     folders = [*runs, out_dir] if out_dir else runs
-    folders = folders or train_models()
+    folders = list(dict.fromkeys(folders)) or train_models()
     methods = make_methods(group_runs([load_run(folder, machine) for folder in folders]))
     name, data = load_data(methods)
     N = len(data)

@@ -138,7 +138,7 @@ def fork(checkout):
 def test_unknown_settings_stop_train_alone(fork):
     line = error_line(run_script(fork, 'train.py', 'c.py', status=1))
     assert "'n_heads' (did you mean 'n_head'?)" in line
-    for script in ('sample.py', 'export_hf.py'):
+    for script in ('sample.py', 'export_hf.py', 'sample_alibi_extrapolation.py'):
         output = run_script(fork, script, 'c.py', '--out_dir=nowhere', status=1)
         assert "c.py: skipping 'n_heads'" in output
         assert 'nowhere' in error_line(output)

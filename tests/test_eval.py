@@ -67,6 +67,17 @@ def test_without_a_tokenizer(run):
     assert found['loss'] == evaluate(run, 'out-eval/last.pt')['loss']
 
 
+def test_its_own_data_without_meta(run):
+    """As where somebody has copied the .bin files alone."""
+    expected = evaluate(run, 'out-eval')
+    meta = run / 'data/pydocs_char/meta.pkl'
+    meta.rename(run / 'meta.pkl')
+    try:
+        assert evaluate(run, 'out-eval') == expected
+    finally:
+        (run / 'meta.pkl').rename(meta)
+
+
 def test_another_vocabulary_is_refused(run):
     """Its ids would mean letters that the model has never seen: a loss that means nothing."""
     text = 'abcdefg ' * 200

@@ -1,6 +1,7 @@
 """plot.py: the table and the picture of runs, against numbers computed by hand."""
 import json
 import re
+import shutil
 
 import pytest
 from conftest import error_line, refused, run_script
@@ -78,17 +79,30 @@ def test_what_is_a_group(make_run, other, n_groups):
     assert rows[-1]['settings'] == (changed if n_groups == 2 else {})
 
 
-def test_time_and_iterations(make_run):
-    """Those of the last evaluation, as the final loss is. The seeds have come to other points."""
+def test_runs_without_config_py_are_rows_of_their_own(make_run, tmp_path):
+    """Nothing is known of them."""
+    folders = [make_run(name, [4, 3], dropout=0.0) for name in ('a', 'b', 'c')]
+    for name in ('b', 'c'):
+        (tmp_path / name / 'config.py').unlink()
+    assert [row['name'] for row in make_rows(folders)] == ['a', 'b', 'c']
+
+
+def test_time_and_iterations(make_run, tmp_path):
+    """Those of the last evaluation, as the final loss is. The seeds have come to other points.
+
+    The time of older runs was not logged.
+    """
     folders = [make_run('a1', [4, 3, 2], elapsed=[1, 2000, 3600], learning_rate=0.1),
                make_run('a2', [4, 3], elapsed=[1, 3800], losses=[14], learning_rate=0.1, seed=2),
                make_run('b', [4, 3], losses=[11])]
+    path = tmp_path / 'b/metrics.jsonl'
+    path.write_text(re.sub(r', "elapsed": \d+', '', path.read_text()))
     rows = make_rows(folders)
-    assert [row['seconds'] for row in rows] == [3700, 1]
+    assert [row['seconds'] for row in rows] == [3700, None]
     assert [row['iterations'] for row in rows] == [[20, 10], [10]]
     lines = plot.format_table(rows).splitlines()
     assert lines[1].split()[2:4] == ['10-20', '1:01:40']
-    assert lines[2].split()[2:4] == ['10', '0:00:01']
+    assert lines[2].split()[2:4] == ['10', '-']
 
 
 def test_settings_are_wrapped(make_run):
@@ -114,10 +128,14 @@ def test_the_script(make_run, sweep, checkout, tmp_path):
     rows = json.loads(run(*sweep, '--json=True', '--file=a.pdf', only_stdout=True))
     assert rows == make_rows(sweep)
     assert (tmp_path / 'a.pdf').read_bytes().startswith(b'%PDF')
-    assert 'no evaluation in nowhere/metrics.jsonl' in error_line(run('nowhere', status=1))
+    assert run(sweep[0]).endswith(f'{sweep[0]}/loss.png\n')
+    assert (tmp_path / sweep[0] / 'loss.png').exists()
+    assert 'no metrics.jsonl in nowhere' in error_line(run('nowhere', status=1))
     assert "'vall'" in error_line(run(*sweep, '--curves=vall', status=1))
-    (tmp_path / sweep[0] / 'metrics.jsonl').write_text('')          # a run that has just begun
-    assert f'no evaluation in {sweep[0]}' in error_line(run(*sweep, status=1))
+    shutil.copytree(sweep[0], 'young')
+    (tmp_path / 'young/metrics.jsonl').write_text('')               # a run that has just begun
+    assert 'young: left out' in run('young', sweep[0], '--file=b.png')
+    assert 'no run with an evaluation' in error_line(run('young', status=1))
 
 
 def svg_text(path):

@@ -229,6 +229,17 @@ def test_machines_with_different_states_are_refused(run_train, checkout, tmp_pat
     assert [load_state(tmp_path / f'out{rank}')['iter_num'] for rank in (0, 1)] == [10, 10]
 
 
+def test_machines_that_start_from_different_weights_are_refused(run_train, checkout, tmp_path):
+    """They would train those of the first process, without a word."""
+    source = run_train('source', max_iters=2).as_posix()
+    config = f"init_from = ('scratch', '{source}')[int(os.environ['RANK'])]"
+    (tmp_path / 'config.py').write_text(config)
+    options = tiny(max_iters=3, out_dir=tmp_path / 'new')
+    output = torchrun(checkout, 2, 'train.py', *options, tmp_path / 'config.py', status=1)
+    assert output.count('\nerror: the processes differ') == 1
+    assert not (tmp_path / 'new/last.pt').exists()
+
+
 @pytest.mark.slow
 def test_a_compiled_run_resumes_to_the_bit_on_two_threads(checkout, tmp_path):
     """Inductor would add up the embedding's gradient in any order of the threads."""
