@@ -29,7 +29,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from configurator import UserError
-from dataset import load_meta
+from dataset import load_meta, reach_hub
 from model import GPT, GPTConfig
 
 GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')  # transformers downloads them
@@ -314,22 +314,6 @@ def load_model(name: str | Path, meta: dict | None = None, **overrides) -> tuple
         return load_gpt2(name, meta, overrides)
     state = read_state(find(name), meta)
     return build_model(state, **overrides).eval(), state
-
-
-def reach_hub(repo: str, file: str, otherwise: str, **where) -> None:
-    """Raise UserError if a file of the Hugging Face hub is not cached and can't be reached.
-
-    The libraries that download it would retry for half a minute before they say so.
-    where: repo_type and revision. otherwise: what else the user can do.
-    """
-    from huggingface_hub import HfApi, try_to_load_from_cache  # only here: they are slow to import
-    if try_to_load_from_cache(repo, file, **where):
-        return
-    try:
-        HfApi().file_exists(repo, file, **where)
-    except Exception as error:  # requests' or httpx's, as the version is
-        raise UserError(f"can't reach Hugging Face to download {repo} ({type(error).__name__}): go "
-                        f"online once, or {otherwise}") from error
 
 
 def load_gpt2(name: str | Path, meta: dict | None, overrides: dict) -> tuple[GPT, dict]:

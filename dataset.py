@@ -203,6 +203,22 @@ def tokenizer(meta: dict | None) -> Tokenizer:
     return gpt2_tokenizer() if meta is None else meta_tokenizer(meta)
 
 
+def reach_hub(repo: str, file: str, otherwise: str, **where) -> None:
+    """Raise UserError if a file of the Hugging Face hub is not cached and can't be reached.
+
+    The libraries that download it would retry for half a minute before they say so.
+    where: repo_type and revision. otherwise: what else the user can do.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache  # only here: they are slow to import
+    if try_to_load_from_cache(repo, file, **where):
+        return
+    try:
+        HfApi().file_exists(repo, file, **where)
+    except Exception as error:  # requests' or httpx's, as the version is
+        raise UserError(f"can't reach Hugging Face to download {repo} ({type(error).__name__}): go "
+                        f"online once, or {otherwise}") from error
+
+
 def gpt2_tokenizer() -> Tokenizer:
     """GPT-2's BPE, which reads "<|endoftext|>" as one token. Raises UserError without its files."""
     import tiktoken  # only here: it is slow to import, and character-level data doesn't need it

@@ -27,9 +27,9 @@ import numpy as np
 from huggingface_hub import hf_hub_download
 from prepare_text import matching_files, start_over
 
-from checkpoint import atomic_write, reach_hub
+from checkpoint import atomic_write
 from configurator import UserError, print_user_errors
-from dataset import token_type
+from dataset import reach_hub, token_type
 
 SOURCE = 'kjj0/fineweb10B-gpt2'
 VAL_SHARD = 'fineweb_val_000000.bin'

@@ -24,9 +24,9 @@ import numpy as np
 import tiktoken
 from prepare_text import matching_files, own_folder, start_over
 
-from checkpoint import atomic_write, reach_hub
+from checkpoint import atomic_write
 from configurator import UserError, print_user_errors
-from dataset import token_type, tokenizer
+from dataset import reach_hub, token_type, tokenizer
 
 SOURCE = 'Skylion007/openwebtext'
 REVISION = '79d93d786212f7344586290adb811d4ae6a1762c'
