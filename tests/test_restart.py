@@ -236,7 +236,7 @@ def test_machines_that_start_from_different_weights_are_refused(run_train, check
     (tmp_path / 'config.py').write_text(config)
     options = tiny(max_iters=3, out_dir=tmp_path / 'new')
     output = torchrun(checkout, 2, 'train.py', *options, tmp_path / 'config.py', status=1)
-    assert output.count('\nerror: the processes differ') == 1
+    assert f'\n{output}'.count('\nerror: the processes differ') == 1
     assert not (tmp_path / 'new/last.pt').exists()
 
 
