@@ -689,13 +689,17 @@ def is_faster_explicitly(q: Tensor, k: Tensor, mask: Tensor | None, p: float) ->
     """Whether blockwise_attention() is faster than PyTorch's kernel on a CPU, for dropout p.
 
     That kernel does not use the CPU's units for products in 16 bits, computes what the mask hides,
-    and has no dropout. But blockwise_attention() keeps the attention weights for the backward pass,
-    so they must take little memory.
+    and has no dropout. With few tokens it is slow where oneDNN multiplies in float32, as with
+    set_float32_matmul_precision('medium'). But blockwise_attention() keeps the attention weights
+    for the backward pass, so they must take little memory.
     """
-    n_weights = q.size(0) * q.size(1) * q.size(2) * k.size(2)
+    T = q.size(2)
+    if q.device.type != 'cpu' or torch.compiler.is_compiling() or T == 1:
+        return False
     is_weak = q.dtype != torch.float32 or mask is not None or p > 0
-    is_possible = q.device.type == 'cpu' and not torch.compiler.is_compiling()
-    return is_possible and is_weak and q.size(2) > 1 and n_weights <= 2**26
+    is_slow = T < 512 and torch.get_float32_matmul_precision() == 'medium'
+    n_weights = q.size(0) * q.size(1) * T * k.size(2)
+    return (is_weak or is_slow) and n_weights <= 2**26
 
 
 def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,

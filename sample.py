@@ -81,13 +81,24 @@ def stop_id(tok):
     return ids[0] if ids else None
 
 
-def cast_weights(model, dtype):
-    """Cast the blocks' matrices and the head as autocast does, but once, not for each token."""
+def prepare_weights(model, machine):
+    """Store the blocks' matrices and the head in the way that a token is computed from fastest.
+
+    In 16 bits: cast as autocast does, but once, not for each token. In float32 for oneDNN: by
+    columns.
+    """
+    def prepare(weight):
+        if machine.dtype != 'float32':
+            return weight.to(getattr(torch, machine.dtype))
+        return weight.t().contiguous().t()
+
+    if machine.dtype == 'float32' and torch.get_float32_matmul_precision() != 'medium':
+        return
     for p in model.transformer.h.parameters():
         if p.dim() == 2:
-            p.data = p.data.to(dtype)
+            p.data = prepare(p.data)
     head = model.lm_head
-    head.weight = torch.nn.Parameter(head.weight.detach().to(dtype))  # wte keeps its own, as it is
+    head.weight = torch.nn.Parameter(prepare(head.weight.detach()))  # wte keeps its own, as it is
 
 
 def sample_all(model, machine, tok, prompt, generators, options):
@@ -128,8 +139,7 @@ def generate():
     model, state = checkpoint.load_model(model_name())
     model.eval().to(machine.device)
     size = model.get_num_params() / 1e6
-    if machine.dtype != 'float32':
-        cast_weights(model, getattr(torch, machine.dtype))
+    prepare_weights(model, machine)
     print(f"{state['path']}, {size:.2f}M parameters; {machine}", file=sys.stderr)
     tok = tokenizer(state['meta'])
     prompt = encode_prompt(tok)

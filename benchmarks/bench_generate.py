@@ -4,7 +4,7 @@
 
 GPT2LMHeadModel.generate, ours, ours compiled, and for the first case ours without the cache, as
 nanoGPT generates, take turns, greedily, with the same random weights. They should write the same
-tokens: their share is printed.
+tokens: their share is printed. Theirs multiplies as PyTorch does by default, ours as sample.py.
 
     python benchmarks/bench_generate.py long
 
@@ -21,6 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import runtime
+import sample
 from bench import alternate, print_table
 from model import GPT, GPTConfig, KVCache
 
@@ -37,13 +38,22 @@ def main(n=64, rounds=7, cases=((256, 1), (256, 8), (960, 1)), **sizes):
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
         ours = GPT.from_pretrained(folder).to(machine.device)
+    sample.prepare_weights(ours, machine)
     theirs.to(machine.device)
     for T, B in cases:                                  # tokens of the prompt, sequences
         idx = torch.randint(ours.config.vocab_size, (B, T), device=machine.device)  # (B, T)
         greedy = dict(max_new_tokens=n, temperature=0)
         options = dict(attention_mask=torch.ones_like(idx), do_sample=False, use_cache=True)
         compiled = torch.compile(ours, mode='reduce-overhead', dynamic=False)
-        kinds = {'transformers': lambda k: theirs.generate(idx, max_new_tokens=n, **options),
+
+        def transformers(k):
+            own = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision('high')  # on a CPU the same as PyTorch's default
+            text = theirs.generate(idx, max_new_tokens=n, **options)
+            torch.set_float32_matmul_precision(own)
+            return text
+
+        kinds = {'transformers': transformers,
                  'ours': lambda k: ours.generate(idx, **greedy),
                  'ours, compiled': lambda k: ours.generate(idx, **greedy, decode=compiled)}
         if (T, B) == cases[0]:

@@ -45,12 +45,12 @@ def time_to_loss(data, path):
     """The val loss over training time. data: {runs: {label: [{seconds, curve}]}, loss}."""
     figure = Figure(figsize=(8, 5), layout='constrained')
     axes = figure.subplots()
-    styles = [dict(color=GREY, lw=1.2), dict(color='tab:blue', lw=1.2), dict(color=ACCENT, lw=2),
-              dict(color='brown', lw=2)]
+    styles = [dict(color='black', lw=1.2), dict(color=GREY, lw=1.2), dict(color='tab:blue', lw=1.2),
+              dict(color=ACCENT, lw=2), dict(color='brown', lw=2)]
     for (label, runs), style in zip(data['runs'].items(), styles):
         for i, run in enumerate(runs):
             axes.plot(*zip(*run['curve']), label=label if i == 0 else None, **style)
-    axes.axhline(data['loss'], color=GREY, lw=0.8, ls='--', label="nanoGPT's settings, final loss")
+    axes.axhline(data['loss'], color=GREY, lw=0.8, ls='--', label="nanoGPT's final loss")
     axes.set(xlabel='training time on two CPU cores (s)', ylabel='val loss (nats per character)',
              ylim=(1.55, 3.0),
              title=f'Time to a loss: tiny Shakespeare, 0.8M parameters, {len(runs)} seeds')

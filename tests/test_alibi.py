@@ -133,3 +133,11 @@ def test_blocks_equal_the_whole(T, use_alibi):
         y = attention(q, k, v, mask, nn.Identity())
         results.append([y, *torch.autograd.grad((y * torch.arange(16)).sum(), (q, k, v))])
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('precision, T, is_explicit', [
+    ('medium', 511, True), ('medium', 512, False), ('medium', 1, False), ('high', 16, False)])
+def test_explicit_for_few_tokens_where_onednn_multiplies(monkeypatch, precision, T, is_explicit):
+    monkeypatch.setattr(torch, 'get_float32_matmul_precision', lambda: precision)
+    q = torch.zeros(1, 1, T, 8)
+    assert model_module.is_faster_explicitly(q, q, None, 0.0) == is_explicit

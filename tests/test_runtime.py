@@ -67,6 +67,32 @@ def test_the_plan_says_that_a_cpu_only_emulates_bfloat16(monkeypatch, has_bf16):
     assert 'try float32' not in str(machine._replace(dtype='float32'))
 
 
+@pytest.mark.parametrize('cpu, prefers_onednn', [
+    (dict(cpu_name='AMD EPYC', avx512_f=True, avx_vnni=True), True),            # Zen 5
+    (dict(cpu_name='AMD EPYC', avx512_f=True, avx_vnni=False), False),          # Zen 4
+    (dict(cpu_name='AMD EPYC', avx512_f=False, avx_vnni=False), False),         # Zen 3
+    (dict(cpu_name='Intel(R) Xeon(R)', avx512_f=True, avx_vnni=True), False),   # with AMX
+    (dict(cpu_name='Apple M4'), False), ({}, False)])
+def test_onednn_multiplies_on_amds_cpus_since_zen_5(monkeypatch, cpu, prefers_onednn):
+    asked = []
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: cpu, raising=False)
+    monkeypatch.setattr(torch, 'set_float32_matmul_precision', asked.append)
+    set_up(device='cpu')
+    assert asked == ['medium' if prefers_onednn else 'high']
+
+
+def test_products_in_float32_are_as_exact_as_float32():
+    """Whatever this CPU has: with AMX, 'medium' rounds to bfloat16, and errors are near 0.002."""
+    set_up(device='cpu')
+    torch.manual_seed(0)
+    for shape in ((1, 768, 2304), (768, 128, 512), (48, 64, 32, 64)):
+        *batch, m, k, n = shape
+        a = torch.randn(*batch, m, k)
+        b = torch.randn(*batch, n, k).mT
+        size = a.double().abs() @ b.double().abs()
+        assert ((a @ b - a.double() @ b.double()).abs() / size).max() < 2e-6
+
+
 def test_a_process_takes_the_gpu_of_its_local_rank(computer, monkeypatch):
     computer('cuda')
     monkeypatch.setenv('LOCAL_RANK', '3')

@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import VOCAB_SIZE, arguments, error_line, run_script, tiny
-from small_models import make_state, small
+from small_models import all_logits, make_state, random_ids, small
 from systems import with_slashes
 
 import checkpoint
+from runtime import Machine
+from sample import prepare_weights
 
 
 @pytest.fixture(scope='module')
@@ -51,6 +53,19 @@ def test_weights_that_are_cast_once_write_what_autocast_writes(checkout, trained
     expected = ''.join(state['meta']['itos'][i] for i in ids)
     output = sample(checkout, trained, dtype='bfloat16', temperature=0, num_samples=1)
     assert texts(output) == [expected]
+
+
+def test_weights_by_columns_are_the_same_weights(monkeypatch):
+    """As for oneDNN in float32. The embedding, tied to the head, stays as it is."""
+    model, idx = small(), random_ids(2, 16)
+    embedding = model.transformer.wte.weight
+    expected = all_logits(model, idx)
+    monkeypatch.setattr(torch, 'get_float32_matmul_precision', lambda: 'medium')
+    prepare_weights(model, Machine(torch.device('cpu'), 'float32', False))
+    for weight in (model.lm_head.weight, model.transformer.h[0].mlp.c_fc.weight):
+        assert weight.stride() == (1, weight.size(0))
+    assert model.transformer.wte.weight is embedding and embedding.is_contiguous()
+    torch.testing.assert_close(all_logits(model, idx), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_ways_to_name_a_run(checkout, trained, tmp_path):
