@@ -13,6 +13,7 @@ from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 import export_hf
 import model as model_module
 from model import (
+    add_channels,
     alibi_bias,
     alibi_channels,
     alibi_slopes,
@@ -53,20 +54,28 @@ def test_logits_and_gradients_equal_mpts(H):
 # channels in place of a mask
 
 @pytest.mark.parametrize('D', [32, 64, 80, 128])
-def test_channels_are_exact_in_16_bits(D):
-    """Their product is -slope * (i - j) to 2^-16 of itself, for any positions below 65,536."""
-    i = torch.randint(2**16, (500,), generator=torch.Generator().manual_seed(0))
-    i = torch.cat((i, torch.tensor([0, 255, 256, 65535])))
+@pytest.mark.parametrize('dtype, n, bits', [
+    (torch.bfloat16, 8, 16), (torch.float16, 8, 16), (torch.float32, 12, 21)])
+def test_channels_are_exact(D, dtype, n, bits):
+    """Their product, added up in float32, is -slope * (i - j) to so many bits.
+
+    For any positions below 65,536, and near keys, too, where large numbers cancel.
+    """
+    i = torch.randint(2**16, (60,), generator=torch.Generator().manual_seed(0))
+    i = torch.cat((i, i[:20] + 1, torch.tensor([0, 255, 256, 65535])))
+    T = len(i)
     for H in (*range(1, 34), 48, 64):
-        of_q, of_k = alibi_channels(alibi_slopes(H), i, D)
+        of_q, of_k = alibi_channels(alibi_slopes(H), i, D, dtype)
         for channels in (of_q, of_k):
-            assert channels.shape == (1, H, 504, 8)
-            assert torch.equal(channels.bfloat16().float(), channels)
-        found = of_q.double() @ of_k.double().mT / math.sqrt(D)     # (1, H, T, T)
+            assert channels.shape == (1, H, T, n) and channels.dtype == dtype
+        total = torch.zeros(1, H, T, T)
+        for x, y in zip(of_q.float().unbind(3), of_k.float().unbind(3)):
+            total += x[..., :, None] * y[..., None, :]
         slopes = alibi_slopes(H).double().view(1, H, 1, 1)
         expected = -slopes * (i[:, None] - i).double()
-        assert ((found - expected).abs() <= 2**-16 * expected.abs()).all()
-        assert (found.diagonal(dim1=2, dim2=3) == 0).all()        # a token's own score is as it was
+        error = (total.double() / math.sqrt(D) - expected).abs()
+        assert (error <= 2**-bits * expected.abs() + 2**-30 * slopes * 2**16).all()
+        assert (total.diagonal(dim1=2, dim2=3) == 0).all()        # a token's own is as it was
 
 
 def attention_in_float64(q, k, v, H):
@@ -86,38 +95,49 @@ def test_attention_by_channels_equals_the_formula(H, T, dtype, tolerance):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, H, T, 32, dtype=dtype).requires_grad_() for _ in range(3))
     expected = attention_in_float64(q, k, v, H)
-    channels = alibi_channels(alibi_slopes(H), torch.arange(T), 32)
+    channels = alibi_channels(alibi_slopes(H), torch.arange(T), 32, dtype)
     mask = alibi_bias(alibi_slopes(H), torch.arange(T), T).to(dtype)
-    for y in (fused_attention(q, k, v, None, channels, 0.0),
-              fused_attention(q, k, v, mask, None, 0.0),
+    with_channels = [add_channels(x, y) for x, y in zip((q, k), channels)]
+    for y in (fused_attention(*with_channels, v, None, 0.0),
+              fused_attention(q, k, v, mask, 0.0),
               blockwise_attention(q, k, v, mask, nn.Identity())):
         found = [y, *torch.autograd.grad((y * torch.arange(32).to(dtype)).sum(), (q, k, v))]
         for ours, theirs in zip(found, [expected[0], *expected[1]]):
             assert (ours - theirs).abs().max() < tolerance * theirs.abs().max()
 
 
-@pytest.mark.parametrize('H', [1, 3, 6])
-def test_a_model_with_channels_equals_the_naive_one(monkeypatch, H):
-    """As on a GPU in 16 bits, here in float32."""
+@pytest.mark.parametrize('H, flash', [(1, True), (3, True), (6, True), (3, False)])
+def test_a_model_with_channels_equals_the_naive_one(monkeypatch, H, flash):
+    """As on a GPU in 16 bits, here in float32. Where a hook needs explicit scores, with a mask."""
     model, idx = small(use_alibi=True, n_head=H), random_ids(2, 40)
+    model.transformer.h[1].attn.flash = flash
     state = model.state_dict()
     expected = torch.stack([naive.logits(state, model.config, row.tolist()) for row in idx])
     monkeypatch.setattr(model_module, 'prefers_channels', lambda device, dtype, T: True)
     monkeypatch.setattr(model_module, 'is_faster_explicitly', lambda *args: False)
     seen = []
-    monkeypatch.setattr(model_module, 'alibi_bias', lambda *args: seen.append(args))
+
+    def spy(*args):
+        seen.append(args)
+        return alibi_bias(*args)
+
+    monkeypatch.setattr(model_module, 'alibi_bias', spy)
     torch.testing.assert_close(all_logits(model, idx).double(), expected, rtol=1e-4, atol=1e-4)
-    assert not seen                                                 # no mask was made
+    assert bool(seen) != flash                                      # whether a mask was made
 
 
-def test_channels_are_for_16_bits_on_a_gpu():
-    """In float32 a mask rules out no kernel; beyond 65,536 tokens positions need more bits."""
-    gpu, prefers_channels = torch.device('cuda'), model_module.prefers_channels
+def test_channels_are_for_16_bits_on_a_gpu_and_for_long_texts_in_float32_on_a_cpu():
+    """Beyond 65,536 tokens positions need more bits."""
+    gpu, cpu, mac = map(torch.device, ('cuda', 'cpu', 'mps'))
+    prefers_channels = model_module.prefers_channels
     assert prefers_channels(gpu, torch.bfloat16, 2**16)
     assert prefers_channels(gpu, torch.float16, 1)
+    assert prefers_channels(cpu, torch.float32, 1025)
     assert not prefers_channels(gpu, torch.float32, 1024)
     assert not prefers_channels(gpu, torch.bfloat16, 2**16 + 1)
-    assert not prefers_channels(torch.device('cpu'), torch.bfloat16, 1024)
+    assert not prefers_channels(cpu, torch.float32, 1024)
+    assert not prefers_channels(cpu, torch.bfloat16, 2048)
+    assert not prefers_channels(mac, torch.float32, 2048)
 
 
 # attention on a CPU, a block of queries at a time
@@ -135,8 +155,20 @@ def test_blocks_equal_the_whole(T, use_alibi):
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize('T', [1030, 1300])
+def test_long_texts_in_float32(T):
+    """With channels on a CPU: in training, too, where dropout is explicit."""
+    model, idx = small(use_alibi=True), random_ids(1, T)
+    expected = naive.logits(model.state_dict(), model.config, idx[0].tolist())
+    torch.testing.assert_close(all_logits(model, idx)[0].double(), expected, rtol=1e-4, atol=1e-4)
+    model.train()
+    for block in model.transformer.h:
+        block.attn.dropout = 1e-12                                  # no more than a kernel's choice
+    torch.testing.assert_close(all_logits(model, idx)[0].double(), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize('precision, T, is_explicit', [
-    ('medium', 511, True), ('medium', 512, False), ('medium', 1, False), ('high', 16, False)])
+    ('medium', 1023, True), ('medium', 1024, False), ('medium', 1, False), ('high', 16, False)])
 def test_explicit_for_few_tokens_where_onednn_multiplies(monkeypatch, precision, T, is_explicit):
     monkeypatch.setattr(torch, 'get_float32_matmul_precision', lambda: precision)
     q = torch.zeros(1, 1, T, 8)
