@@ -8,7 +8,8 @@ INSTALL = $(PY) -m pip install -c constraints.txt
 
 # on Linux PyTorch's default build brings CUDA, several GB: without an NVIDIA driver take the CPU's,
 # if its index can be reached
-CPU_BUILD = $$(test "$$(uname)" != Linux || command -v nvidia-smi > /dev/null || echo --retries=0 --extra-index-url=https://download.pytorch.org/whl/cpu)
+CPU_BUILD = $$(test "$$(uname)" != Linux || command -v nvidia-smi > /dev/null || \
+	echo --retries=0 --extra-index-url=https://download.pytorch.org/whl/cpu)
 
 # a GPU takes the larger model by itself
 HAS_GPU = import sys, torch; sys.exit(not torch.cuda.is_available())

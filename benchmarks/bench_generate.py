@@ -78,7 +78,9 @@ def long(sizes=SIZES, rounds=7, n=3):
     print(machine)
     for L, size in sizes:
         def model(L=L, size=size, **positions):
-            return GPT(GPTConfig(block_size=L, **size, **positions)).to(machine.device).eval()
+            gpt = GPT(GPTConfig(block_size=L, **size, **positions)).to(machine.device).eval()
+            sample.prepare_weights(gpt, machine)
+            return gpt
 
         def cached(model, capacity, rolls):
             """A function that computes a token behind a cache full of random numbers."""

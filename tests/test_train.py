@@ -490,6 +490,7 @@ def test_make_takes_the_cpu_build_without_a_driver(tmp_path, has_driver):
     for name in ('uname', *['nvidia-smi'] * has_driver):
         (tmp_path / name).symlink_to(shutil.which('uname'))
     makefile = (REPO / 'Makefile').read_text()
+    makefile = makefile.replace('\\\n', '')
     options = re.search('^CPU_BUILD = (.*)$', makefile, re.MULTILINE)[1].replace('$$', '$')
     done = subprocess.run(['/bin/sh', '-c', f'echo {options}'], env={'PATH': str(tmp_path)},
                           capture_output=True, text=True, check=True)
