@@ -710,8 +710,8 @@ def is_faster_explicitly(q: Tensor, k: Tensor, mask: Tensor | None, p: float) ->
 
     That kernel does not use the CPU's units for products in 16 bits, computes what the mask hides,
     and has no dropout. With few tokens it is slow where oneDNN multiplies in float32, as with
-    set_float32_matmul_precision('medium'). But blockwise_attention() keeps the attention weights
-    for the backward pass, so they must take little memory.
+    set_float32_matmul_precision('medium'). But in training blockwise_attention() keeps the
+    attention weights for the backward pass, so they must take little memory.
     """
     T = q.size(2)
     if q.device.type != 'cpu' or torch.compiler.is_compiling() or T == 1:
@@ -719,7 +719,8 @@ def is_faster_explicitly(q: Tensor, k: Tensor, mask: Tensor | None, p: float) ->
     is_weak = q.dtype != torch.float32 or mask is not None or p > 0
     is_slow = T < 1024 and torch.get_float32_matmul_precision() == 'medium'
     n_weights = q.size(0) * q.size(1) * T * k.size(2)
-    return (is_weak or is_slow) and n_weights <= 2**26
+    is_small = n_weights <= 2**26 or not torch.is_grad_enabled()
+    return (is_weak or is_slow) and is_small
 
 
 def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,

@@ -173,3 +173,11 @@ def test_explicit_for_few_tokens_where_onednn_multiplies(monkeypatch, precision,
     monkeypatch.setattr(torch, 'get_float32_matmul_precision', lambda: precision)
     q = torch.zeros(1, 1, T, 8)
     assert model_module.is_faster_explicitly(q, q, None, 0.0) == is_explicit
+
+
+def test_long_texts_are_explicit_in_16_bits_where_no_backward_pass_follows():
+    """In training their attention weights would take too much memory."""
+    q = torch.zeros(1, 3, 8192, 1, dtype=torch.bfloat16)
+    assert not model_module.is_faster_explicitly(q, q, None, 0.0)
+    with torch.no_grad():
+        assert model_module.is_faster_explicitly(q, q, None, 0.0)
