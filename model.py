@@ -705,38 +705,44 @@ class Dropout(nn.Dropout):
         return x * factor
 
 
+QUERIES = 256  # in a block of attention
+
+
 def is_faster_explicitly(q: Tensor, k: Tensor, mask: Tensor | None, p: float) -> bool:
     """Whether blockwise_attention() is faster than PyTorch's kernel on a CPU, for dropout p.
 
     That kernel does not use the CPU's units for products in 16 bits, computes what the mask hides,
     and has no dropout. With few tokens it is slow where oneDNN multiplies in float32, as with
-    set_float32_matmul_precision('medium'). But in training blockwise_attention() keeps the
-    attention weights for the backward pass, so they must take little memory.
+    set_float32_matmul_precision('medium'). But blockwise_attention() has the attention weights of a
+    block in memory, and in training those of all blocks, so they must be few.
     """
     T = q.size(2)
     if q.device.type != 'cpu' or torch.compiler.is_compiling() or T == 1:
         return False
     is_weak = q.dtype != torch.float32 or mask is not None or p > 0
     is_slow = T < 1024 and torch.get_float32_matmul_precision() == 'medium'
-    n_weights = q.size(0) * q.size(1) * T * k.size(2)
-    is_small = n_weights <= 2**26 or not torch.is_grad_enabled()
-    return (is_weak or is_slow) and is_small
+    rows = T if torch.is_grad_enabled() else min(T, QUERIES)
+    n_weights = q.size(0) * q.size(1) * rows * k.size(2)
+    return (is_weak or is_slow) and n_weights <= 2**26
 
 
 def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
                         dropout: nn.Module) -> Tensor:
-    """explicit_attention(), a block of queries at a time, each without the keys that follow it."""
+    """explicit_attention(), a block of queries at a time, each without the keys that follow it.
+
+    With a cache, S > T, the mask alone says which keys those are.
+    """
     T = q.size(2)
+    S = k.size(2)
     if mask is None:
         mask = causal_mask(torch.arange(T), T).to(q.dtype)          # (T, S)
-    if k.size(2) != T:                                              # with a cache
-        return explicit_attention(q, k, v, mask, dropout)
     q = q.contiguous()                                              # once, not for each block
     k = k.contiguous()
     v = v.contiguous()
     blocks = []
-    for first in range(0, T, 256):
-        end = min(first + 256, T)
-        blocks.append(explicit_attention(q[:, :, first:end], k[:, :, :end], v[:, :, :end],
-                                         mask[..., first:end, :end], dropout))
+    for first in range(0, T, QUERIES):
+        end = min(first + QUERIES, T)
+        seen = end if S == T else S
+        blocks.append(explicit_attention(q[:, :, first:end], k[:, :, :seen], v[:, :, :seen],
+                                         mask[..., first:end, :seen], dropout))
     return torch.cat(blocks, dim=2)

@@ -106,8 +106,8 @@ def training_curve(out_dir):
 
 def whole_split_losses(out_dir):
     """The final model's loss over the whole val split, by the length of its windows."""
-    state = checkpoint.find_state(out_dir, ('last.pt', 'ckpt.pt'))  # nanoGPT's is ckpt.pt
-    model, state = checkpoint.load_model(state)
+    path = checkpoint.find_state(out_dir, ('last.pt', 'ckpt.pt'))  # nanoGPT's is ckpt.pt
+    model, state = checkpoint.load_model(path)
     ids = load_split(state['config']['dataset'], 'val', 64, state['meta'])
     ids = torch.from_numpy(ids.astype('int64'))
     machine = runtime.set_up('cpu')

@@ -55,27 +55,33 @@ def test_logits_and_gradients_equal_mpts(H):
 
 @pytest.mark.parametrize('D', [32, 64, 80, 128])
 @pytest.mark.parametrize('dtype, n, bits', [
-    (torch.bfloat16, 8, 16), (torch.float16, 8, 16), (torch.float32, 12, 21)])
+    (torch.bfloat16, 8, 16), (torch.float16, 8, 16), (torch.float32, 12, 23)])
 def test_channels_are_exact(D, dtype, n, bits):
-    """Their product, added up in float32, is -slope * (i - j) to so many bits.
+    """Their product is -slope * (i - j) to so many bits, for any positions below 65,536.
 
-    For any positions below 65,536, and near keys, too, where large numbers cancel.
+    So is the sum in float32, for near keys, too: large numbers cancel before any is rounded.
     """
-    i = torch.randint(2**16, (60,), generator=torch.Generator().manual_seed(0))
-    i = torch.cat((i, i[:20] + 1, torch.tensor([0, 255, 256, 65535])))
-    T = len(i)
+    i = torch.randint(2**16, (500,), generator=torch.Generator().manual_seed(0))
+    i = torch.cat((i, torch.tensor([0, 255, 256, 65535])))
+    few = torch.cat((i[-60:], i[-60:-40] + 1))
     for H in (*range(1, 34), 48, 64):
+        slopes = alibi_slopes(H).double().view(1, H, 1, 1)
         of_q, of_k = alibi_channels(alibi_slopes(H), i, D, dtype)
         for channels in (of_q, of_k):
-            assert channels.shape == (1, H, T, n) and channels.dtype == dtype
-        total = torch.zeros(1, H, T, T)
+            assert channels.shape == (1, H, 504, n) and channels.dtype == dtype
+            assert torch.equal(channels.bfloat16().to(dtype), channels) or dtype == torch.float16
+        found = of_q.double() @ of_k.double().mT / math.sqrt(D)     # (1, H, T, T)
+        expected = -slopes * (i[:, None] - i).double()
+        assert ((found - expected).abs() <= 2**-bits * expected.abs()).all()
+        assert (found.diagonal(dim1=2, dim2=3) == 0).all()        # a token's own score is as it was
+
+        total = torch.zeros(1, H, len(few), len(few))               # added up in float32
+        of_q, of_k = alibi_channels(alibi_slopes(H), few, D, dtype)
         for x, y in zip(of_q.float().unbind(3), of_k.float().unbind(3)):
             total += x[..., :, None] * y[..., None, :]
-        slopes = alibi_slopes(H).double().view(1, H, 1, 1)
-        expected = -slopes * (i[:, None] - i).double()
+        expected = -slopes * (few[:, None] - few).double()
         error = (total.double() / math.sqrt(D) - expected).abs()
-        assert (error <= 2**-bits * expected.abs() + 2**-30 * slopes * 2**16).all()
-        assert (total.diagonal(dim1=2, dim2=3) == 0).all()        # a token's own is as it was
+        assert (error <= 2**-min(bits, 21) * expected.abs() + 2**-30 * slopes * 2**16).all()
 
 
 def attention_in_float64(q, k, v, H):
@@ -181,3 +187,23 @@ def test_long_texts_are_explicit_in_16_bits_where_no_backward_pass_follows():
     assert not model_module.is_faster_explicitly(q, q, None, 0.0)
     with torch.no_grad():
         assert model_module.is_faster_explicitly(q, q, None, 0.0)
+        many = q.expand(40, -1, -1, -1)                             # a block of these is too much
+        assert not model_module.is_faster_explicitly(many, many, None, 0.0)
+
+
+def test_a_long_prompt_is_explicit_in_blocks_as_well():
+    """Its weights would take as much memory as the scores of all tokens at once."""
+    torch.manual_seed(0)
+    T, S = 700, 900                                                 # the cache has room for more
+    q, k, v = (torch.randn(2, 3, n, 16) for n in (T, S, S))
+    mask = alibi_bias(alibi_slopes(3), torch.arange(T), S)
+    sizes = []
+
+    def spy(weights):
+        sizes.append(weights.size(2))
+        return weights
+
+    y = blockwise_attention(q, k, v, mask, spy)
+    expected = explicit_attention(q, k, v, mask, nn.Identity())
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    assert sizes == [256, 256, 188]
