@@ -85,7 +85,7 @@ def test_the_switch_has_its_row_in_the_benchmark(relu2, tmp_path):
         first = next(i for i, line in enumerate(lines) if 'tokens/s' in line)
         return [line.split('  ')[0] for line in lines[first + 1:]]
 
-    standard = ['learned positions', 'use_alibi', 'use_rope', 'use_relu2', 'optimizer=muon']
+    standard = ['learned positions', 'use_relu2', 'use_alibi', 'use_rope', 'optimizer=muon']
     assert rows('--use_relu2=True') == standard
     assert rows(tmp_path / 'c.py') == [*standard, 'as configured']
 
